@@ -1,0 +1,38 @@
+"""Evaluators: each has `run(variables) -> {"split/metric": value}`."""
+
+import inspect
+from typing import Any
+
+import flax.linen as nn
+from jax.sharding import Mesh
+
+from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.evaluation.classify import Classify
+from attnzoom_jax.evaluation.localize import Localize
+
+_EVALUATORS = {"classify": Classify, "localize": Localize}
+
+
+def create_evaluator(name: str, model: nn.Module, *, data: Any, mesh: Mesh, **options: Any) -> Any:
+    """Build an evaluator by name.
+
+    Args:
+        name: "classify" or "localize".
+        model: what it evaluates.
+        data: the config's `data` section.
+        mesh: batches are split over it.
+        **options: arguments of the evaluator, `split` among them.
+
+    Returns:
+        The evaluator.
+
+    Raises:
+        ValueError: unknown name or option, with near matches.
+    """
+    if name not in _EVALUATORS:
+        raise unknown_name("evaluator", name, _EVALUATORS)
+    known = [p for p in inspect.signature(_EVALUATORS[name]).parameters if p not in ("model",)]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {name}", option, known)
+    return _EVALUATORS[name](model, data=data, mesh=mesh, **options)

@@ -1,0 +1,80 @@
+"""A trained model back from its workdir."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from attnzoom_jax.training.checkpoint import Checkpoints
+from attnzoom_jax.training.experiment import create_experiment
+from attnzoom_jax.training.state import init_variables
+from attnzoom_jax.training.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """What eval.py and explain.py work on.
+
+    Attributes:
+        config: of the run, or the one given instead.
+        model: classifier.
+        variables: its trained variables (the averaged ones where the run kept such).
+        step: of the checkpoint.
+        class_names: one per class.
+        image_shape: [h, w, c] of what the model sees.
+    """
+
+    config: ml_collections.ConfigDict
+    model: nn.Module
+    variables: Any
+    step: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, ...]
+
+
+def restore_model(
+    workdir: str,
+    *,
+    checkpoint: str = "best",
+    config: ml_collections.ConfigDict | None = None,
+    mesh: Mesh,
+) -> TrainedModel:
+    """Restore a model from a run's folder.
+
+    Args:
+        workdir: folder of the run.
+        checkpoint: "best", "last" or a step.
+        config: instead of the run's own.
+        mesh: where the variables live.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no run or no such checkpoint there, or a checkpoint of another model (both sides
+            are listed).
+    """
+    folder = Workdir(workdir)
+    own = folder.config()
+    config = own if config is None else config
+    experiment = create_experiment(config)
+    checkpoints = Checkpoints(
+        folder.checkpoints, best_metric=own.best_metric, best_mode=own.best_mode, read_only=True
+    )
+    step = checkpoints.find(checkpoint)
+    shapes = jax.eval_shape(
+        lambda: init_variables(experiment.model, experiment.image_shape, config.seed)
+    )
+    variables = checkpoints.restore_variables(step, like=shapes, mesh=mesh)
+    checkpoints.close()
+    return TrainedModel(
+        config=config,
+        model=experiment.model,
+        variables=variables,
+        step=step,
+        class_names=experiment.source.class_names,
+        image_shape=experiment.image_shape,
+    )

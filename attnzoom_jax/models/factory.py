@@ -1,0 +1,83 @@
+"""Every model of the package, by name.
+
+A model is an entry of one table: its name and the call that builds it, with the fields that make it
+what it is already filled in. What the caller passes fills in or overrides the rest.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.layers.factory import create_layer
+from attnzoom_jax.models.insert import Insert
+from attnzoom_jax.models.resnet import ResNet
+
+_basic = functools.partial(ResNet, block="basic")
+_bottleneck = functools.partial(ResNet, block="bottleneck")
+_cifar_resnet = functools.partial(ResNet, stem="cifar", block="basic", shortcut="pad", width=16)
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": functools.partial(_basic, stage_sizes=(2, 2, 2, 2)),
+    "resnet34": functools.partial(_basic, stage_sizes=(3, 4, 6, 3)),
+    "resnet50": functools.partial(_bottleneck, stage_sizes=(3, 4, 6, 3)),
+    "resnet101": functools.partial(_bottleneck, stage_sizes=(3, 4, 23, 3)),
+    "resnet152": functools.partial(_bottleneck, stage_sizes=(3, 8, 36, 3)),
+    # He et al. 2016, section 4.2: 6n + 2 layers.
+    "cifar_resnet20": functools.partial(_cifar_resnet, stage_sizes=(3, 3, 3)),
+    "cifar_resnet32": functools.partial(_cifar_resnet, stage_sizes=(5, 5, 5)),
+    "cifar_resnet44": functools.partial(_cifar_resnet, stage_sizes=(7, 7, 7)),
+    "cifar_resnet56": functools.partial(_cifar_resnet, stage_sizes=(9, 9, 9)),
+}
+
+MODEL_NAMES: tuple[str, ...] = tuple(_MODELS)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    insert: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Builds a classifier by name.
+
+    The options are the fields of the model's class, and in a config the keys of `config.model`:
+
+    | models                     | class  | options                                                |
+    |----------------------------|--------|--------------------------------------------------------|
+    | resnet18 34 50 101 152     | ResNet | stem="imagenet", width=64, zero_init_residual, dtype,  |
+    | cifar_resnet20 32 44 56    | ResNet | stem="cifar", width=16, (further options as above) and |
+    |                            |        | stage_sizes, block, shortcut to change the network     |
+
+    Args:
+        name: one of MODEL_NAMES.
+        num_classes: logits per image, at least 1.
+        insert: {path: {"name": layer, **its fields}}, layers to insert, as `Insert` takes them.
+        **options: fields of the model, such as stem="cifar" or dtype="bfloat16"; a list is taken as
+            a tuple. What is not given keeps the value that the name stands for.
+
+    Returns:
+        A linen module: `model.apply(variables, images, train=False)` maps images [n, h, w, c] to
+        logits, float32 [n, k].
+
+    Raises:
+        ValueError: unknown name or option (the nearest ones are named), or a value out of range.
+    """
+    if name not in _MODELS:
+        raise unknown_name("model", name, MODEL_NAMES)
+    create = _MODELS[name]
+    # `parent` and `name` are linen's own fields.
+    fields = [f for f in inspect.signature(create).parameters if f not in ("parent", "name")]
+    for option in options:
+        if option not in fields:
+            raise unknown_name(f"option of {name}", option, fields)
+    # Configs hold lists, but linen hashes its modules.
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    model = create(num_classes=num_classes, **options)
+    if not insert:
+        return model
+    return Insert(model, {path: create_layer(**layer) for path, layer in insert.items()})

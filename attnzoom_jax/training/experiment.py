@@ -1,0 +1,117 @@
+"""From a config to the parts of a run."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import optax
+
+from attnzoom_jax.data.pipeline import Resize
+from attnzoom_jax.data.source import Source, open_source
+from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.models import create_model
+from attnzoom_jax.training.optimizer import create_optimizer, create_schedule
+from attnzoom_jax.training.state import init_variables
+from attnzoom_jax.training.step import Recipe
+
+CACHES = ("host", "device")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config describes, before anything runs.
+
+    Attributes:
+        source: training split.
+        resize: how images become one size on the host.
+        image_shape: [h, w, c] of what the model sees.
+        model: classifier.
+        recipe: augmentation and loss.
+        schedule: learning rate by step.
+        optimizer: what updates the parameters.
+        total_steps: length of the run.
+        eval_every: steps between evaluations.
+    """
+
+    source: Source
+    resize: Resize
+    image_shape: tuple[int, ...]
+    model: nn.Module
+    recipe: Recipe
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    total_steps: int
+    eval_every: int
+
+
+def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
+    """Build the parts of a run; nothing is trained, no array is made.
+
+    Args:
+        config: with the keys of configs/default.py.
+
+    Returns:
+        The parts.
+
+    Raises:
+        ValueError: data set not prepared, unknown model, layer, path, optimiser, schedule or cache,
+            a length given twice or not at all.
+    """
+    if config.data.cache not in CACHES:
+        raise unknown_name("data.cache", config.data.cache, CACHES)
+    source = open_source(config.data.name, split=config.data.train_split, data_dir=config.data.dir)
+    resize = Resize(config.data.resize, config.data.image_size)
+    image_shape = _image_shape(config, source)
+    model = create_model(num_classes=len(source.class_names), **config.model.to_dict())
+    steps_per_epoch = len(source) / config.data.batch_size
+    total_steps = _steps(config, "total", steps_per_epoch)
+    schedule = create_schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    params = jax.eval_shape(lambda: init_variables(model, image_shape, 0))["params"]
+    return Experiment(
+        source=source,
+        resize=resize,
+        image_shape=image_shape,
+        model=model,
+        recipe=_recipe(config),
+        schedule=schedule,
+        optimizer=create_optimizer(config, params, schedule=schedule),
+        total_steps=total_steps,
+        eval_every=min(_steps(config, "eval_every", steps_per_epoch), total_steps),
+    )
+
+
+def _recipe(config: ml_collections.ConfigDict) -> Recipe:
+    augment: dict[str, Any] = config.augment.to_dict()
+    return Recipe(
+        seed=config.seed,
+        mean=config.data.mean,
+        std=config.data.std,
+        label_smoothing=config.label_smoothing,
+        ema_decay=config.ema_decay,
+        **{**augment, "crop_size": augment["crop_size"] or None},
+    )
+
+
+def _image_shape(config: ml_collections.ConfigDict, source: Source) -> tuple[int, ...]:
+    stored, size = source.image_shape, config.augment.crop_size or config.data.image_size
+    if config.data.resize == "none" and None in stored:
+        raise ValueError(
+            f"the images of {source.name} differ in size; set data.resize to squash or crop, and "
+            "data.image_size"
+        )
+    h, w, c = stored
+    if config.data.resize != "none" or config.augment.crop_size:
+        h = w = size
+    return (int(h or 0), int(w or 0), int(c or 3))
+
+
+def _steps(config: ml_collections.ConfigDict, key: str, steps_per_epoch: float) -> int:
+    """`<key>_steps`, or `<key>_epochs` in steps."""
+    steps, epochs = config[f"{key}_steps"], config[f"{key}_epochs"]
+    if (steps > 0) == (epochs > 0):
+        raise ValueError(
+            f"{key}_steps is {steps} and {key}_epochs is {epochs}; set exactly one of them above 0"
+        )
+    return int(steps) if steps > 0 else max(1, round(epochs * steps_per_epoch))

@@ -1,0 +1,182 @@
+"""The folder of a run: what was asked for, with what it ran, what came out.
+
+config.json  overrides.json  run.json  metrics.jsonl  tensorboard/  checkpoints/  eval.json
+"""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+# What may differ between a run and its continuation, because no number depends on it.
+FREE_KEYS = (
+    "platform",
+    "log_every_steps",
+    "compile_cache",
+    "data.dir",
+    "data.num_threads",
+    "evals.*",
+)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "attnzoom-jax")
+
+
+class Workdir:
+    """A run's folder.
+
+    Args:
+      path: of the folder; need not exist yet.
+    """
+
+    def __init__(self, path: str | pathlib.Path) -> None:
+        self.path = pathlib.Path(path)
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def claim(self, config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
+        """Make the folder that of this config: write it down, or check that it is the same.
+
+        Args:
+          config: of the run.
+          overrides: {key: value} given on the command line.
+
+        Raises:
+          ValueError: the folder holds a run of another config (the differences are listed), or
+            cannot be written.
+        """
+        ours = to_plain(config)
+        if (self.path / "config.json").exists():
+            theirs = self._read("config.json")
+            lines = [line for line in differences(theirs, ours) if not _is_free(line.split()[1])]
+            if lines:
+                raise ValueError(
+                    f"{self.path} holds a run of another config (- there, + given):\n  "
+                    + "\n  ".join(lines)
+                    + "\nname another --workdir, or delete this one"
+                )
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("overrides.json", to_plain(overrides))
+            self.write("config.json", ours)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write into --workdir={self.path}: {error.strerror}"
+            ) from error
+
+    def config(self) -> ml_collections.ConfigDict:
+        """The config of the run in this folder.
+
+        Raises:
+          ValueError: there is no run.
+        """
+        if not (self.path / "config.json").exists():
+            raise ValueError(f"--workdir={self.path} holds no run (no config.json); train first")
+        return ml_collections.ConfigDict(_to_tuples(self._read("config.json"))).lock()
+
+    def overrides(self) -> dict[str, Any]:
+        """What the command line of the run changed in its config."""
+        path = self.path / "overrides.json"
+        return self._read("overrides.json") if path.exists() else {}
+
+    def write(self, name: str, content: Any) -> pathlib.Path:
+        """Write a JSON file, whole or not at all."""
+        path = self.path / name
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.replace(path)
+        return path
+
+    def _read(self, name: str) -> Any:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON file ({error}); restore or delete it") from error
+
+
+def provenance() -> dict[str, Any]:
+    """Which code, libraries and devices a number comes from."""
+    devices = jax.devices()
+    return {
+        "commit": _commit(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "process_count": jax.process_count(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def to_plain(value: Any) -> Any:
+    """A config, or a part of one, as JSON knows it: dictionaries, lists and plain values."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What differs between two plain configs, as lines "- key = value" and "+ key = value"."""
+    flat_a, flat_b = flatten(a), flatten(b)
+    lines = []
+    for key in sorted({*flat_a, *flat_b}):
+        if key not in flat_a or key not in flat_b or flat_a[key] != flat_b[key]:
+            lines += [f"- {key} = {flat_a[key]}"] if key in flat_a else []
+            lines += [f"+ {key} = {flat_b[key]}"] if key in flat_b else []
+    return lines
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or (free[-1] == "*" and key.startswith(free[:-1])) for free in FREE_KEYS)
+
+
+def _to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tuples(item) for key, item in value.items()}
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
+
+
+def _commit() -> str:
+    """The commit of this checkout, "+" behind it where files are changed; "" outside of git."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,73 @@
+"""Every key of a config with its simplest value; the experiments change what they need."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The base of every config."""
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,  # of parameters, order, augmentation
+            "platform": "",  # "": whatever JAX finds; "cpu", "gpu", "tpu": that or stop
+            "compile_cache": "",  # folder for compiled programs; "": none
+            "total_steps": 0,  # length of the run in updates, or ...
+            "total_epochs": 0.0,  # ... in epochs; one of the two
+            "data": {
+                "name": "",  # TFDS name, with the config where there are several
+                "dir": "",  # of prepared sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+                "train_split": "train",
+                "batch_size": 128,  # of all devices and processes together
+                "eval_batch_size": 256,
+                "cache": "host",  # "device": the whole training split on the device
+                "steps_per_call": 50,  # with cache "device": updates per call of the program
+                "num_threads": 4,  # that read and decode
+                "resize": "none",  # on the host: "none", "squash" or "crop" to image_size
+                "image_size": 0,
+                "mean": (0.5, 0.5, 0.5),  # of the pixels per channel, in [0, 1]
+                "std": (0.25, 0.25, 0.25),
+            },
+            "augment": {  # on the device, in this order
+                "crop_padding": 0,  # zero padding before a random crop, in pixels
+                "crop_size": 0,  # side of the crop; 0: the image's own
+                "flip": False,  # mirror half of the images
+                "auto_augment": "",  # "cifar10", "imagenet", "svhn"
+                "mixup": 0.0,  # alpha; 0: off
+                "cutmix": 0.0,
+            },
+            "label_smoothing": 0.0,
+            "model": {"name": "", "insert": {}},  # and the model's own fields
+            "optimizer": {"name": "sgd", "learning_rate": 0.1},  # see training/optimizer.py
+            "schedule": {"name": "cosine"},
+            "ema_decay": 0.0,  # of averaged parameters, with which is evaluated; 0: off
+            "log_every_steps": 50,
+            "eval_every_steps": 0,  # evaluation and checkpoint; 0: ...
+            "eval_every_epochs": 1.0,  # ... counted in epochs
+            "evals": {  # what eval.py runs, each with its evaluator's arguments
+                "validation": {"name": "classify", "split": "validation"},
+                "test": {"name": "classify", "split": "test"},
+            },
+            "train_evals": ("validation",),  # which of them run while training
+            "best_metric": "validation/top1",  # decides which checkpoint is the best
+            "best_mode": "max",
+            "early_stopping": 0,  # evaluations without a better one; 0: never stop early
+            "keep_checkpoints": 2,  # the last ones; the best one stays besides
+        }
+    )
+
+
+def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Any config at a size that a laptop trains in seconds, offline: the mode `:tiny`."""
+    config.data.update({"name": "fine_shapes/tiny", "train_split": "train"})
+    config.data.update({"batch_size": 16, "eval_batch_size": 16, "resize": "none"})
+    config.augment.crop_size = 0
+    config.model.width = 8
+    config.update({"total_steps": 4, "total_epochs": 0.0, "log_every_steps": 2})
+    config.update({"eval_every_steps": 2, "eval_every_epochs": 0.0})
+    for name in list(config.schedule):
+        if name.startswith("warmup"):
+            del config.schedule[name]
+    for evaluation in config.evals.values():
+        evaluation.split = evaluation.split.partition("[")[0]
+        if evaluation.split == "train":
+            evaluation.split = "validation"
+    return config

@@ -1,0 +1,85 @@
+"""Evaluate a run: python eval.py --workdir=runs/demo [--checkpoint=best|last|STEP].
+
+Runs every evaluation of the config, writes eval.json into the workdir and prints a table.
+"""
+
+import ml_collections
+from absl import flags
+
+from attnzoom_jax import cli
+from attnzoom_jax.evaluation import create_evaluator
+from attnzoom_jax.evaluation.restore import restore_model
+from attnzoom_jax.training import sharding
+from attnzoom_jax.training.workdir import Workdir, provenance, to_plain
+
+
+def evaluate(
+    workdir: str, *, checkpoint: str = "best", config: ml_collections.ConfigDict | None = None
+) -> dict[str, float]:
+    """Evaluate a checkpoint of a run and write eval.json.
+
+    Args:
+        workdir: folder of the run.
+        checkpoint: "best", "last" or a step.
+        config: instead of the run's own.
+
+    Returns:
+        {"split/metric": value}.
+
+    Raises:
+        ValueError: what a person can mend, in one message.
+    """
+    mesh = sharding.create_mesh()
+    trained = restore_model(workdir, checkpoint=checkpoint, config=config, mesh=mesh)
+    config = trained.config
+    sharding.check_batch_size(config.data.eval_batch_size, mesh)
+    evaluators = {
+        name: create_evaluator(model=trained.model, data=config.data, mesh=mesh, **options)
+        for name, options in config.evals.items()
+    }
+    metrics: dict[str, float] = {}
+    for name, evaluator in evaluators.items():
+        print(f"evaluating {name} (checkpoint {trained.step}) ...", flush=True)
+        metrics.update(evaluator.run(trained.variables))
+    folder = Workdir(workdir)
+    folder.write(
+        "eval.json",
+        {
+            "metrics": metrics,
+            "step": trained.step,
+            "seed": config.seed,
+            **provenance(),
+            "config": to_plain(config),
+            "overrides": folder.overrides(),
+        },
+    )
+    return metrics
+
+
+def print_table(metrics: dict[str, float]) -> None:
+    """Print metrics, one per line."""
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(
+            f"  {name:<{width}}  {value:>8d}"
+            if name.endswith("count")
+            else f"  {name:<{width}}  {value:>8.4f}"
+        )
+
+
+def main() -> None:
+    """Parse the flags, evaluate, print."""
+    config = flags.FLAGS.config
+    workdir = flags.FLAGS.workdir
+    used = Workdir(workdir).config() if config is None else config
+    cli.start_devices(used.platform, compile_cache=used.compile_cache)
+    print_table(evaluate(workdir, checkpoint=flags.FLAGS.checkpoint, config=config))
+    print(f"written to {workdir}/eval.json", flush=True)
+
+
+if __name__ == "__main__":
+    cli.define_config_flag("Config file, instead of the config that the run was trained with")
+    flags.DEFINE_string("workdir", None, "Folder of the run")
+    flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
+    flags.mark_flag_as_required("workdir")
+    cli.run(main)

@@ -1,0 +1,125 @@
+"""Every model by name: published sizes, stable parameter paths, clear refusals.
+
+The golden files list every parameter and statistic of a model. A path that changes breaks the
+checkpoints people have; when that is meant, rewrite them and look at the difference:
+
+    REGENERATE_GOLDEN=1 python -m pytest tests/models/test_factory.py -k golden
+"""
+
+import functools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnzoom_jax.models.factory import MODEL_NAMES, create_model
+from attnzoom_jax.models.resnet import ResNet
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+# name: classes, parameters (statistics not counted).
+PUBLISHED = {
+    "resnet18": (1000, 11_689_512),
+    "resnet34": (1000, 21_797_672),
+    "resnet50": (1000, 25_557_032),
+    "resnet101": (1000, 44_549_160),
+    "resnet152": (1000, 60_192_808),
+    # Option A, the paper's 0.27M, 0.46M, 0.66M, 0.85M (its table 6).
+    "cifar_resnet20": (10, 269_722),
+    "cifar_resnet32": (10, 464_154),
+    "cifar_resnet44": (10, 658_586),
+    "cifar_resnet56": (10, 853_018),
+}
+
+
+@functools.cache
+def variable_shapes(name):
+    model = create_model(name, num_classes=PUBLISHED[name][0])
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def count(tree):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def test_every_model_is_counted():
+    assert set(PUBLISHED) == set(MODEL_NAMES)
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(MODEL_NAMES)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_published_parameter_count(name):
+    assert count(variable_shapes(name)["params"]) == PUBLISHED[name][1]
+
+
+@pytest.mark.parametrize("n", [3, 5, 7, 9])
+def test_cifar_count_by_arithmetic(n):
+    # Per stage 2n convolutions of 3x3, the first one of a later stage from half the channels.
+    convs = 27 * 16 + sum(9 * c * c * 2 * n for c in (16, 32, 64)) - 9 * (32 * 16 + 64 * 32)
+    norms = 2 * 16 + sum(2 * c * 2 * n for c in (16, 32, 64))
+    head = 64 * 10 + 10
+    assert convs + norms + head == PUBLISHED[f"cifar_resnet{6 * n + 2}"][1]
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_golden_paths_and_shapes(name):
+    leaves = jax.tree_util.tree_leaves_with_path(variable_shapes(name))
+    lines = sorted(f"{'/'.join(k.key for k in path)} {list(leaf.shape)}" for path, leaf in leaves)
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("REGENERATE_GOLDEN"):
+        path.write_text("\n".join(lines) + "\n")
+        pytest.skip(f"rewrote {path.name}")
+    assert lines == path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_tiny_version_of_every_model_has_float32_logits(name):
+    model = create_model(name, num_classes=7, width=4, dtype="bfloat16")
+    images = jnp.zeros((2, 32, 32, 3))
+    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+
+
+def test_options_override_what_the_name_stands_for():
+    model = create_model(
+        "resnet50", num_classes=7, stem="cifar", width=8, stage_sizes=[1, 2], dtype="bfloat16"
+    )
+    expected = ResNet(
+        num_classes=7,
+        stem="cifar",
+        stage_sizes=(1, 2),
+        block="bottleneck",
+        width=8,
+        dtype="bfloat16",
+    )
+    assert model == expected
+    hash(model)  # what jit needs of a static argument; a list would not do
+    assert create_model("resnet50", num_classes=7).stage_sizes == (3, 4, 6, 3)
+
+
+def test_unknown_name_lists_the_near_and_the_known():
+    with pytest.raises(ValueError, match=r"unknown model 'resnet5'. Did you mean .*resnet50") as e:
+        create_model("resnet5", num_classes=7)
+    assert all(name in str(e.value) for name in MODEL_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("option", "near"), [("widht", "width"), ("stage_size", "stage_sizes"), ("type", "dtype")]
+)
+def test_unknown_option_names_the_nearest(option, near):
+    with pytest.raises(ValueError, match=f"unknown option '{option}' for resnet18.*mean {near}"):
+        create_model("resnet18", num_classes=7, **{option: 1})
+
+
+@pytest.mark.parametrize("option", ["parent", "zzz"])
+def test_option_without_a_near_match_is_refused_too(option):
+    with pytest.raises(ValueError, match="Known options: num_classes, stem"):
+        create_model("resnet18", num_classes=7, **{option: None})
+
+
+def test_bad_value_is_refused_before_anything_is_built():
+    with pytest.raises(ValueError, match="did you mean 'imagenet'"):
+        create_model("resnet18", num_classes=7, stem="imagnet")

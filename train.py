@@ -1,0 +1,280 @@
+"""Train a classifier: python train.py --config=configs/demo.py --workdir=runs/demo.
+
+The run resumes by itself when its workdir holds a checkpoint. `train` reads from top to bottom.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+
+from attnzoom_jax import cli
+from attnzoom_jax.data.device import index_batches, load_split
+from attnzoom_jax.data.pipeline import train_batches
+from attnzoom_jax.evaluation import create_evaluator
+from attnzoom_jax.training import sharding
+from attnzoom_jax.training.checkpoint import Checkpoints
+from attnzoom_jax.training.experiment import Experiment, create_experiment
+from attnzoom_jax.training.optimizer import plateau_scale, plateau_update
+from attnzoom_jax.training.progress import Progress, format_duration
+from attnzoom_jax.training.state import TrainState, create_state
+from attnzoom_jax.training.step import (
+    NO_STEP,
+    add_metrics,
+    jit_steps_on_device,
+    jit_train_step,
+    make_train_step,
+    zero_metrics,
+)
+from attnzoom_jax.training.workdir import Workdir, provenance
+from attnzoom_jax.training.writer import MetricWriter, read_metrics
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    *,
+    overrides: dict[str, Any] | None = None,
+    devices: Any = None,
+    stop_at: int | None = None,
+) -> TrainState:
+    """Train as the config says, from where the workdir stands.
+
+    Args:
+        config: with the keys of configs/default.py.
+        workdir: folder of the run.
+        overrides: what the command line changed, to be written down.
+        devices: to train on; None for all.
+        stop_at: leave off after this step, as a killed run would; None for the config's length.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        ValueError: what a person can mend, in one message.
+        FloatingPointError: the loss became NaN or infinite; the last good checkpoint is named.
+    """
+    started = time.time()
+    folder = Workdir(workdir)
+    mesh = sharding.create_mesh(devices)
+
+    # The parts of the run. Nothing is written before all of them are known to fit.
+    sharding.check_batch_size(config.data.batch_size, mesh)
+    sharding.check_batch_size(config.data.eval_batch_size, mesh)
+    experiment = create_experiment(config)
+    evaluators = [
+        create_evaluator(model=experiment.model, data=config.data, mesh=mesh, **config.evals[name])
+        for name in config.train_evals
+    ]
+    state = create_state(
+        experiment.model,
+        experiment.optimizer,
+        image_shape=experiment.image_shape,
+        seed=config.seed,
+        mesh=mesh,
+        use_ema=config.ema_decay > 0,
+    )
+    folder.claim(config, overrides or {})
+
+    # Where the run stands: its own last checkpoint, else the beginning.
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        best_metric=config.best_metric,
+        best_mode=config.best_mode,
+        keep=config.keep_checkpoints,
+    )
+    step = checkpoints.last_step() or 0
+    if step:
+        state = checkpoints.restore(step, like=state, mesh=mesh)
+        print(f"resuming {workdir} from step {step}", flush=True)
+    last = min(experiment.total_steps, stop_at or experiment.total_steps)
+    writer = MetricWriter(folder.path, start_step=step)
+    best = _BestSoFar(config, folder)
+
+    # The loop. `advance` does as many steps as it can up to `until`; metrics are sums on the
+    # device, fetched for a log line one call after they were asked for, so the device never waits.
+    advance = (
+        _on_device(config, experiment, mesh, step)
+        if config.data.cache == "device"
+        else (_from_host(config, experiment, mesh, step))
+    )
+    progress = Progress(
+        start_step=step, total_steps=experiment.total_steps, batch_size=config.data.batch_size
+    )
+    sums = zero_metrics()
+    is_first = True
+    while step < last and not best.stop_early:
+        log_at = _next_multiple(step, config.log_every_steps)
+        eval_at = _next_multiple(step, experiment.eval_every)
+        state, metrics, done = advance(state, min(log_at, eval_at, last) - step)
+        step += done
+        sums = add_metrics(sums, metrics)
+        if is_first:
+            jax.block_until_ready(sums)  # compilation is no part of the throughput
+            progress.skip(step)
+            is_first = False
+        progress.show(step)
+        if step == log_at or step == last:
+            logged = jax.device_get(sums)
+            _stop_if_not_finite(logged, checkpoints)
+            sums = zero_metrics()
+            speed = progress.measure(step)
+            learning_rate = float(experiment.schedule(step - 1) * plateau_scale(state.opt_state))
+            values = {
+                f"train/{name}": float(logged[name]) / int(logged["steps"])
+                for name in ("loss", "top1", "grad_norm")
+            }
+            line = f"loss {values['train/loss']:.4f}  top-1 {values['train/top1']:.3f}"
+            values["learning_rate"] = learning_rate
+            if speed:
+                values["images_per_second"] = speed[0]
+                line += f"  {speed[0]:.0f} images/s  ETA {format_duration(speed[1])}"
+            writer.write(step, values)
+            progress.say(f"step {step}/{experiment.total_steps}  {line}")
+        if step == eval_at or step == last:
+            _stop_if_not_finite(jax.device_get(sums), checkpoints)
+            results: dict[str, float] = {}
+            for evaluator in evaluators:
+                results.update(evaluator.run(state.variables()))
+            if config.schedule.name == "plateau":
+                state = state.replace(
+                    opt_state=plateau_update(state.opt_state, results[config.schedule.metric])
+                )
+            writer.write(step, results)
+            progress.say(
+                f"step {step}/{experiment.total_steps}  "
+                + "  ".join(f"{name} {value:.4g}" for name, value in results.items())
+            )
+            best.update(results)
+            checkpoints.save(step, state, results)
+            progress.skip(step)
+
+    # The end: everything on disk before the run is called done.
+    checkpoints.wait()
+    writer.close()
+    progress.close()
+    if best.stop_early:
+        print(f"stopped early: {config.best_metric} did not improve for {best.since} evaluations")
+    duration = time.time() - started
+    info = {"seed": config.seed, "steps": step, "duration_s": round(duration, 1)}
+    folder.write("run.json", {**provenance(), "start": started, **info})
+    checkpoints.close()
+    print(f"done: {step} steps in {format_duration(duration)}; results in {workdir}", flush=True)
+    return state
+
+
+def _from_host(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any:
+    """Batches decoded on the host, one step per call."""
+    batches = sharding.prefetch(
+        train_batches(
+            experiment.source,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            start_step=step,
+            resize=experiment.resize,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=config.data.num_threads,
+        ),
+        mesh,
+    )
+    train_step = jit_train_step(_train_step(experiment), mesh)
+
+    def advance(state: TrainState, limit: int) -> tuple[TrainState, Any, int]:
+        del limit
+        state, metrics = train_step(state, next(batches))
+        return state, metrics, 1
+
+    return advance
+
+
+def _on_device(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any:
+    """The whole split on the device, many steps per call."""
+    split = load_split(
+        experiment.source, resize=experiment.resize, num_threads=config.data.num_threads
+    )
+    split = jax.device_put(split, sharding.replicated(mesh))
+    indices: Iterator[np.ndarray] = index_batches(
+        len(experiment.source),
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        start_step=step,
+    )
+    train_steps = jit_steps_on_device(_train_step(experiment), mesh)
+    most = config.data.steps_per_call
+
+    def advance(state: TrainState, limit: int) -> tuple[TrainState, Any, int]:
+        count = min(most, limit)
+        table = np.zeros((most, config.data.batch_size), np.int32)
+        for i in range(count):
+            table[i] = next(indices)
+        state, metrics = train_steps(state, split, table, np.int32(count))
+        return state, metrics, count
+
+    return advance
+
+
+def _train_step(experiment: Experiment) -> Any:
+    return make_train_step(
+        experiment.model,
+        experiment.optimizer,
+        experiment.recipe,
+        num_classes=len(experiment.source.class_names),
+    )
+
+
+def _next_multiple(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+def _stop_if_not_finite(metrics: Any, checkpoints: Checkpoints) -> None:
+    if metrics["bad_step"] == NO_STEP:
+        return
+    checkpoints.wait()
+    last = checkpoints.last_step()
+    good = f"the last good checkpoint is step {last}" if last else "there is no checkpoint yet"
+    raise FloatingPointError(
+        f"the loss is NaN or infinite at step {metrics['bad_step']}; {good} in "
+        f"{checkpoints.folder}; lower optimizer.learning_rate or set optimizer.clip_norm"
+    )
+
+
+class _BestSoFar:
+    """The best evaluation, for early stopping; what a resumed run had before counts too."""
+
+    def __init__(self, config: ml_collections.ConfigDict, folder: Workdir) -> None:
+        self.metric, self.patience = config.best_metric, config.early_stopping
+        self.sign = 1 if config.best_mode == "max" else -1
+        self.value, self.since = -math.inf, 0
+        for line in read_metrics(folder.path):
+            if self.metric in line:
+                self.update(line)
+
+    def update(self, results: dict[str, float]) -> None:
+        value = self.sign * results[self.metric]
+        is_better = value > self.value
+        self.value = max(value, self.value)
+        self.since = 0 if is_better else self.since + 1
+
+    @property
+    def stop_early(self) -> bool:
+        return 0 < self.patience <= self.since
+
+
+def main() -> None:
+    """Parse the flags and train."""
+    config = flags.FLAGS.config
+    cli.start_devices(config.platform, compile_cache=config.compile_cache)
+    train(config, flags.FLAGS.workdir, overrides=cli.config_overrides())
+
+
+if __name__ == "__main__":
+    cli.define_config_flag("Config file of the experiment, for example configs/demo.py")
+    flags.DEFINE_string("workdir", None, "Folder of the run")
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)
