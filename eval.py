@@ -3,7 +3,8 @@
 Runs every evaluation of the config, writes eval.json into the workdir and prints a table.
 """
 
-import ml_collections
+from typing import Any
+
 from absl import flags
 
 from attnzoom_jax import cli
@@ -13,9 +14,7 @@ from attnzoom_jax.training import sharding
 from attnzoom_jax.training.workdir import Workdir, provenance, to_plain
 
 
-def evaluate(
-    workdir: str, *, checkpoint: str = "best", config: ml_collections.ConfigDict | None = None
-) -> dict[str, float]:
+def evaluate(workdir: str, *, checkpoint: str = "best", config: Any = None) -> dict[str, float]:
     """Evaluate a checkpoint of a run and write eval.json.
 
     Args:
@@ -32,7 +31,6 @@ def evaluate(
     mesh = sharding.create_mesh()
     trained = restore_model(workdir, checkpoint=checkpoint, config=config, mesh=mesh)
     config = trained.config
-    sharding.check_batch_size(config.data.eval_batch_size, mesh)
     evaluators = {
         name: create_evaluator(model=trained.model, data=config.data, mesh=mesh, **options)
         for name, options in config.evals.items()

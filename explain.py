@@ -15,11 +15,11 @@ from absl import flags
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attnzoom_jax import attribution, cli
-from attnzoom_jax.data.augment import normalize
 from attnzoom_jax.data.pipeline import Resize
 from attnzoom_jax.data.source import open_source
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
+from attnzoom_jax.evaluation.split import to_input
 from attnzoom_jax.models import bind
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.training import sharding
@@ -84,7 +84,7 @@ def explain(
 
     @jax.jit
     def explain_chunk(variables: Any, images: jax.Array, targets: jax.Array) -> dict[str, Any]:
-        images = normalize(images, mean=data.mean, std=data.std)
+        images = to_input(images, data)
         fn = bind(trained.model, variables, train=False)
         logits, masks = attribution.read_taps(fn, images, gates)
         targets = jnp.where(targets < 0, logits.argmax(-1), targets)
@@ -110,7 +110,8 @@ def explain(
 
     out.mkdir(parents=True, exist_ok=True)
     # A "/" would make folders inside the npz file.
-    np.savez(out / "maps.npz", **{name.replace("/", "."): a for name, a in arrays.items()})
+    files: dict[str, Any] = {name.replace("/", "."): array for name, array in arrays.items()}
+    np.savez(out / "maps.npz", **files)
     pictures = _pictures(trained, examples, arrays, method, gates)
     for picture in pictures:
         overlay.save_explanation(out / f"{picture.name}.png", picture)
@@ -178,9 +179,9 @@ def _pictures(
     method: str,
     gates: list[str],
 ) -> list[overlay.Explanation]:
-    size = trained.image_shape[:2]
+    h, w, _ = trained.image_shape
     resized = {
-        name: np.asarray(ops_maps.resize(jnp.asarray(arrays[name], jnp.float32), size))
+        name: np.asarray(ops_maps.resize(jnp.asarray(arrays[name], jnp.float32), (h, w)))
         for name in (method, *gates)
     }
     pictures = []
@@ -208,7 +209,7 @@ def main() -> int:
     else:
         examples = from_split(trained, given.split, given.count)
     out = pathlib.Path(given.out or pathlib.Path(given.workdir) / "explain")
-    target = given["class"].value
+    target = str(given["class"].value)
     explain(trained, examples, out, method=given.method, tap=given.tap, target=target)
     print(f"{len(examples.names)} pictures, contact_sheet.png and maps.npz in {out}", flush=True)
     return 1 if examples.rejected else 0

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 
@@ -20,8 +19,8 @@ from attnzoom_jax.evaluation import create_evaluator
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
 from attnzoom_jax.training.experiment import Experiment, create_experiment
-from attnzoom_jax.training.optimizer import plateau_scale, plateau_update
 from attnzoom_jax.training.progress import Progress, format_duration
+from attnzoom_jax.training.schedule import plateau_scale, plateau_update
 from attnzoom_jax.training.state import TrainState, create_state
 from attnzoom_jax.training.step import (
     NO_STEP,
@@ -36,7 +35,7 @@ from attnzoom_jax.training.writer import MetricWriter, read_metrics
 
 
 def train(
-    config: ml_collections.ConfigDict,
+    config: Any,
     workdir: str,
     *,
     overrides: dict[str, Any] | None = None,
@@ -46,7 +45,7 @@ def train(
     """Train as the config says, from where the workdir stands.
 
     Args:
-        config: with the keys of configs/default.py.
+        config: a ConfigDict with the keys of configs/default.py.
         workdir: folder of the run.
         overrides: what the command line changed, to be written down.
         devices: to train on; None for all.
@@ -65,7 +64,6 @@ def train(
 
     # The parts of the run. Nothing is written before all of them are known to fit.
     sharding.check_batch_size(config.data.batch_size, mesh)
-    sharding.check_batch_size(config.data.eval_batch_size, mesh)
     experiment = create_experiment(config)
     evaluators = [
         create_evaluator(model=experiment.model, data=config.data, mesh=mesh, **config.evals[name])
@@ -239,7 +237,7 @@ def _stop_if_not_finite(metrics: Any, checkpoints: Checkpoints) -> None:
     last = checkpoints.last_step()
     good = f"the last good checkpoint is step {last}" if last else "there is no checkpoint yet"
     raise FloatingPointError(
-        f"the loss is NaN or infinite at step {metrics['bad_step']}; {good} in "
+        f"the loss or its gradient is NaN or infinite at step {metrics['bad_step']}; {good} in "
         f"{checkpoints.folder}; lower optimizer.learning_rate or set optimizer.clip_norm"
     )
 
@@ -247,7 +245,7 @@ def _stop_if_not_finite(metrics: Any, checkpoints: Checkpoints) -> None:
 class _BestSoFar:
     """The best evaluation, for early stopping; what a resumed run had before counts too."""
 
-    def __init__(self, config: ml_collections.ConfigDict, folder: Workdir) -> None:
+    def __init__(self, config: Any, folder: Workdir) -> None:
         self.metric, self.patience = config.best_metric, config.early_stopping
         self.sign = 1 if config.best_mode == "max" else -1
         self.value, self.since = -math.inf, 0
@@ -256,9 +254,11 @@ class _BestSoFar:
                 self.update(line)
 
     def update(self, results: dict[str, float]) -> None:
+        if not self.metric:
+            return
         value = self.sign * results[self.metric]
-        is_better = value > self.value
-        self.value = max(value, self.value)
+        is_better = value > self.value  # NaN is not
+        self.value = value if is_better else self.value
         self.since = 0 if is_better else self.since + 1
 
     @property

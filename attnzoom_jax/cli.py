@@ -4,13 +4,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.training.workdir import flatten, to_plain
 
 PLATFORMS = ("", "cpu", "gpu", "tpu")
 
@@ -28,8 +29,9 @@ def config_overrides() -> dict[str, Any]:
 def run(main: Callable[[], int | None]) -> None:
     """Parse the flags and run a programme; its return value is the exit code.
 
-    A ValueError or a file that is missing is the user's to mend: it is printed as its message
-    alone and the exit code is 1. ATTNZOOM_TRACEBACK=1 shows where it was raised.
+    A ValueError, a file that is missing, or a loss that is no number is the user's to mend: it is
+    printed as its message alone and the exit code is 1; wrong flags have the exit code 2.
+    ATTNZOOM_TRACEBACK=1 shows where it was raised.
     """
     app.run(lambda argv: _guard(main, argv), flags_parser=_parse_flags)
 
@@ -38,11 +40,11 @@ def start_devices(platform: str, *, compile_cache: str = "") -> None:
     """Choose the platform, refuse another one, and print the device table.
 
     Args:
-      platform: "" for JAX's own choice, else "cpu", "gpu" or "tpu": what must be there.
-      compile_cache: folder in which compiled programs are kept between runs; "" for none.
+        platform: "" for JAX's own choice, else "cpu", "gpu" or "tpu": what must be there.
+        compile_cache: folder in which compiled programs are kept between runs; "" for none.
 
     Raises:
-      ValueError: unknown platform, or not what JAX finds.
+        ValueError: unknown platform, or not what JAX finds.
     """
     if platform not in PLATFORMS:
         raise unknown_name("platform", platform, PLATFORMS[1:])
@@ -50,7 +52,10 @@ def start_devices(platform: str, *, compile_cache: str = "") -> None:
         jax.config.update("jax_compilation_cache_dir", compile_cache)
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    found = jax.default_backend()
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:  # $JAX_PLATFORMS names what is not there
+        raise ValueError(f"JAX finds no device: {error}") from error
     if platform and found != platform:
         raise ValueError(
             f"config.platform is {platform!r} and JAX finds only {found!r} devices; install the "
@@ -65,18 +70,36 @@ def start_devices(platform: str, *, compile_cache: str = "") -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(str(error), code=2)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _fail(_explain_config_error(error), code=2)
+        arguments = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            flags.FLAGS.config.keys()  # a file that is not there fails at its first use
+    except Exception as error:  # a config is a programme and may raise anything
+        _show_traceback()
+        _fail(_explain_flag_error(error, argv), code=2)
+    return arguments
 
 
-def _explain_config_error(error: Exception) -> str:
-    """One line for a --config that cannot be read, or for a key that it does not have."""
-    message = " ".join(str(error.args[0] if error.args else error).split())
-    # ml_collections names the nearest key, and leaves open what the message is about.
-    return f"unknown config key {message}" if isinstance(error, KeyError) else message
+def _explain_flag_error(error: Exception, argv: list[str]) -> str:
+    """One line for flags that cannot be parsed, from what absl and ml_collections raise."""
+    message = str(error.args[0] if error.args else error).strip()
+    if isinstance(error, OSError) or "Error whilst parsing config file" in message:
+        # ml_collections puts the config file's own error last, under a traceback.
+        return f"--config: {message.splitlines()[-1].strip()}"
+    if isinstance(error, (AttributeError, KeyError)):
+        return str(_unknown_config_key(argv) or message)
+    return " ".join(message.split())
+
+
+def _unknown_config_key(argv: list[str]) -> ValueError | None:
+    """The error for the first --config.key that the config does not have."""
+    words = [word.lstrip("-") for word in argv[1:] if word.startswith("-")]
+    file = next(word.partition("=")[2] for word in words if word.startswith("config="))
+    known = flatten(to_plain(flags.FLAGS["config"].parser.parse(file)))
+    for word in words:
+        key = word.partition("=")[0].removeprefix("config.")
+        if word.startswith("config.") and key not in known:
+            return unknown_name("config key", key, known)
+    return None
 
 
 def _guard(main: Callable[[], int | None], argv: list[str]) -> None:
@@ -86,14 +109,18 @@ def _guard(main: Callable[[], int | None], argv: list[str]) -> None:
         logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it writes
     try:
         code = main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("ATTNZOOM_TRACEBACK"):
-            traceback.print_exc()
+    except (ValueError, OSError, FloatingPointError) as error:
+        _show_traceback()
         _fail(str(error), code=1)
     sys.exit(code or 0)
 
 
-def _fail(message: str, *, code: int) -> Any:
+def _show_traceback() -> None:
+    if os.environ.get("ATTNZOOM_TRACEBACK"):
+        traceback.print_exc()
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

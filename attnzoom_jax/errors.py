@@ -8,12 +8,12 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not known, to be raised by the caller.
 
     Args:
-      kind: what the name should have been, for example "model".
-      given: the name as given.
-      known: all the names there are.
+        kind: what the name should have been, for example "model".
+        given: the name as given.
+        known: all the names there are.
 
     Returns:
-      A ValueError that names the nearest matches, else all names (at most twenty).
+        A ValueError that names the nearest matches, else all names (at most twenty).
     """
     names = [str(name) for name in known]
     # Paths and keys are also found by their last part: `conv1` finds `stage1/block1/conv1`.

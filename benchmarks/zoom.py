@@ -1,6 +1,6 @@
 """Times the zoom of AttentionZoom: the package's polyphase sum against a convolution with dilation.
 
-    python benchmarks/zoom.py                                  # about a minute on two CPU cores
+    python benchmarks/zoom.py                                  # 1.5 minutes on two CPU cores
     python benchmarks/zoom.py --out=results/bench/zoom.json    # and write what was measured
 
 Both forms compute the same (checked before timing): factor 2, 3x3 kernel, depthwise and full.

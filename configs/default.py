@@ -23,12 +23,13 @@ def get_config() -> ml_collections.ConfigDict:
                 "num_threads": 4,  # that read and decode
                 "resize": "none",  # on the host: "none", "squash" or "crop" to image_size
                 "image_size": 0,
+                "crop_size": 0,  # side of what the model sees: random crop in training, central
+                # crop elsewhere; 0: the whole image
                 "mean": (0.5, 0.5, 0.5),  # of the pixels per channel, in [0, 1]
                 "std": (0.25, 0.25, 0.25),
             },
             "augment": {  # on the device, in this order
                 "crop_padding": 0,  # zero padding before a random crop, in pixels
-                "crop_size": 0,  # side of the crop; 0: the image's own
                 "flip": False,  # mirror half of the images
                 "auto_augment": "",  # "cifar10", "imagenet", "svhn"
                 "mixup": 0.0,  # alpha; 0: off
@@ -55,19 +56,37 @@ def get_config() -> ml_collections.ConfigDict:
     )
 
 
-def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Any config at a size that a laptop trains in seconds, offline: the mode `:tiny`."""
-    config.data.update({"name": "fine_shapes/tiny", "train_split": "train"})
-    config.data.update({"batch_size": 16, "eval_batch_size": 16, "resize": "none"})
-    config.augment.crop_size = 0
+def use_cifar100(config: ml_collections.ConfigDict) -> None:
+    """CIFAR-100 with the last 1,000 training images as validation split."""
+    config.data.update(
+        {
+            "name": "cifar100",
+            "train_split": "train[:98%]",
+            "mean": (0.5071, 0.4865, 0.4409),
+            "std": (0.2673, 0.2564, 0.2762),
+        }
+    )
+    config.evals.validation = {
+        "name": "classify",
+        "split": "train[98%:]",
+        "prefix": "validation",
+    }
+
+
+def in_mode(config: ml_collections.ConfigDict, mode: str) -> ml_collections.ConfigDict:
+    """The config itself for "", or for "tiny" at a size that trains in seconds, offline."""
+    if mode not in ("", "tiny"):
+        raise ValueError(f"unknown mode {mode!r}; there is: tiny, as in --config=FILE.py:tiny")
+    if not mode:
+        return config
+    config.data.update(
+        {"name": "fine_shapes/tiny", "train_split": "train", "batch_size": 16, "resize": "none"}
+    )
+    config.data.eval_batch_size = 16
+    config.data.crop_size = 0
     config.model.width = 8
     config.update({"total_steps": 4, "total_epochs": 0.0, "log_every_steps": 2})
     config.update({"eval_every_steps": 2, "eval_every_epochs": 0.0})
-    for name in list(config.schedule):
-        if name.startswith("warmup"):
-            del config.schedule[name]
-    for evaluation in config.evals.values():
-        evaluation.split = evaluation.split.partition("[")[0]
-        if evaluation.split == "train":
-            evaluation.split = "validation"
+    config.schedule = {k: v for k, v in config.schedule.items() if not k.startswith("warmup")}
+    config.evals.validation.split = "validation"
     return config

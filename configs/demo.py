@@ -16,12 +16,14 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         "name": "resnet18",
         "stem": "small",
         "width": 16,
-        "stage_sizes": (1, 1, 1),
-        "insert": {"stage2": {"name": "attention_zoom", "threshold": 0.5}},
+        "stage_sizes": (2, 2, 2),
+        "insert": {
+            "stage2": {"name": "attention_zoom", "threshold": 0.5, "zoom_init": "lecun_normal"}
+        },
     }
-    config.optimizer = {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 1e-2}
+    config.optimizer = {"name": "adam", "learning_rate": 3e-3}
     config.schedule = {"name": "one_cycle"}
     config.total_steps = 400
     config.eval_every_steps, config.eval_every_epochs = 200, 0.0
     config.evals.localization = {"name": "localize", "split": "test", "tap": ""}
-    return default.tiny(config) if mode == "tiny" else config
+    return default.in_mode(config, mode)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from attnzoom_jax.attribution.program import Program, trace
 
@@ -24,16 +25,16 @@ def grad_cam(
     """Grad-CAM at a tap.
 
     Args:
-      fn: images [n, h, w, c] -> logits [n, k]; each image's logits depend on that image alone.
-      images: [n, h, w, c].
-      targets: class ids int [n], or weights of the logits float [n, k].
-      tap: name of a tap of shape [n, h', w', c'].
+        fn: images [n, h, w, c] -> logits [n, k]; each image's logits depend on that image alone.
+        images: [n, h, w, c].
+        targets: class ids int [n], or weights of the logits float [n, k].
+        tap: name of a tap of shape [n, h', w', c'].
 
     Returns:
-      Raw float32 maps [n, h', w'], signed, neither rescaled nor normalised.
+        Raw float32 maps [n, h', w'], signed, neither rescaled nor normalised.
 
     Raises:
-      ValueError: unknown tap, tap without spatial axes, logits or targets of a wrong shape.
+        ValueError: unknown tap, tap without spatial axes, logits or targets of a wrong shape.
     """
     activations, gradients = gradient_at_tap(fn, images, targets, tap=tap)
     weights = gradients.mean(axis=(1, 2))  # [n, c']
@@ -46,16 +47,16 @@ def gradient_at_tap(
     """Activations at a tap and the gradient of each image's own score by them.
 
     Args:
-      fn: images [n, h, w, c] -> logits [n, k].
-      images: [n, h, w, c].
-      targets: class ids int [n], or weights of the logits float [n, k].
-      tap: name of a tap of shape [n, h', w', c'].
+        fn: images [n, h, w, c] -> logits [n, k].
+        images: [n, h, w, c].
+        targets: class ids int [n], or weights of the logits float [n, k].
+        tap: name of a tap of shape [n, h', w', c'].
 
     Returns:
-      Two float32 arrays [n, h', w', c'].
+        Two float32 arrays [n, h', w', c'].
 
     Raises:
-      ValueError: as `grad_cam`.
+        ValueError: as `grad_cam`.
     """
     program = trace(fn, images)
     _check_spatial(program, tap, images.shape[0])
@@ -75,14 +76,14 @@ def target_score(logits: Any, targets: jax.Array) -> jax.Array:
     """The score that a map explains: the cued logit, or a weighted sum of logits.
 
     Args:
-      logits: [n, k].
-      targets: class ids int [n] in [0, k), or weights float [n, k].
+        logits: [n, k].
+        targets: class ids int [n] in [0, k), or weights float [n, k].
 
     Returns:
-      Float32 scores [n].
+        Float32 scores [n].
 
     Raises:
-      ValueError: logits that are no float array [n, k], targets of another shape or range.
+        ValueError: logits that are no float array [n, k], targets of another shape or range.
     """
     if not isinstance(logits, jax.Array) or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
@@ -101,10 +102,10 @@ def target_score(logits: Any, targets: jax.Array) -> jax.Array:
             f"targets must be class ids int [{n}] or logit weights float [{n}, {k}], not "
             f"{targets.dtype} {list(targets.shape)}"
         )
-    if not isinstance(targets, jax.core.Tracer) and n and not bool((targets >= 0).all()):
-        raise ValueError(f"target {int(targets.min())} is out of range for {k} classes")
-    if not isinstance(targets, jax.core.Tracer) and n and not bool((targets < k).all()):
-        raise ValueError(f"target {int(targets.max())} is out of range for {k} classes")
+    if n and not isinstance(targets, Tracer):  # a traced value cannot be looked at
+        for extreme in (int(targets.min()), int(targets.max())):
+            if not 0 <= extreme < k:
+                raise ValueError(f"target {extreme} is out of range for {k} classes")
     return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
 
 

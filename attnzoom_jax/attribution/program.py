@@ -54,11 +54,11 @@ class Program:
     """A traced function.
 
     Attributes:
-      steps: in order of execution.
-      inputs: numbers of the values that the flattened arguments give.
-      outputs: numbers or constants of the flattened results.
-      output_tree: structure of the result.
-      taps: {name: shape and dtype}, in order of execution.
+        steps: in order of execution.
+        inputs: numbers of the values that the flattened arguments give.
+        outputs: numbers or constants of the flattened results.
+        output_tree: structure of the result.
+        taps: {name: shape and dtype}, in order of execution.
     """
 
     steps: tuple[Step, ...]
@@ -73,16 +73,16 @@ class Program:
         """Execute the program.
 
         Args:
-          *args: as given to `trace`, in shape and dtype.
-          read: names of taps whose values are returned.
-          add: {tap: array added to its value}; differentiate by it to get the gradient at a tap.
-            A tap that is both read and added to returns the sum.
+            *args: as given to `trace`, in shape and dtype.
+            read: names of taps whose values are returned.
+            add: {tap: array added to its value}; differentiate by it to get the gradient at a tap.
+              A tap that is both read and added to returns the sum.
 
         Returns:
-          The function's result, and {tap: value}.
+            The function's result, and {tap: value}.
 
         Raises:
-          ValueError: unknown tap, with near matches.
+            ValueError: unknown tap, with near matches.
         """
         add = add or {}
         for name in (*read, *add):
@@ -95,10 +95,11 @@ class Program:
 
         for step in self.steps:
             results = _apply(step, [look_up(ref) for ref in step.inputs])
-            if step.tap in add:
-                results = [results[0] + add[step.tap].astype(results[0].dtype)]
-            if step.tap in read:
-                found[step.tap] = results[0]
+            if step.tap is not None:
+                if step.tap in add:
+                    results = [results[0] + add[step.tap].astype(results[0].dtype)]
+                if step.tap in read:
+                    found[step.tap] = results[0]
             values.update(zip(step.outputs, results, strict=True))
         return jax.tree.unflatten(self.output_tree, map(look_up, self.outputs)), found
 
@@ -112,14 +113,14 @@ def trace(fn: Callable[..., Any], *args: Any) -> Program:
     """Trace a function into a program.
 
     Args:
-      fn: any JAX function.
-      *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+        fn: any JAX function.
+        *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      The program; a tap name that occurs again gets `#1`, `#2`, ...
+        The program; a tap name that occurs again gets `#1`, `#2`, ...
 
     Raises:
-      ValueError: a tap inside a while loop, a cond or a custom kernel, which has no single value.
+        ValueError: a tap inside a while loop, a cond or a custom kernel, which has no single value.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     flattened = _Flattening()
@@ -149,7 +150,7 @@ class _Flattening:
     def inline(self, closed: Any, inputs: Sequence[Any]) -> list[Any]:
         """Append the steps of a closed jaxpr applied to `inputs`; return its outputs."""
         jaxpr = closed.jaxpr
-        refs = dict(zip(jaxpr.constvars, map(Constant, closed.consts), strict=True))
+        refs: dict[Any, Any] = dict(zip(jaxpr.constvars, map(Constant, closed.consts), strict=True))
         refs.update(zip(jaxpr.invars, inputs, strict=True))
 
         def look_up(atom: Any) -> Any:
@@ -209,7 +210,7 @@ def _as_function(jaxpr: Any, equation: Any) -> Callable[..., list[Any]]:
 
 
 def _body_with_tap(equation: Any) -> Any | None:
-    """What an equation calls, as a closed jaxpr on its own inputs, if a tap is inside; else None."""
+    """What an equation calls, as a closed jaxpr, if a tap is inside; else None."""
     if not any(_has_tap(jaxpr) for jaxpr in _jaxprs_in(equation.params)):
         return None
     primitive = equation.primitive.name
@@ -285,11 +286,11 @@ def list_taps(fn: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:
     """The taps of a function, in order of execution.
 
     Args:
-      fn: any JAX function; a Flax model through `models.bind`.
-      *args: its arguments, arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+        fn: any JAX function; a Flax model through `models.bind`.
+        *args: its arguments, arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
 
     Returns:
-      {name: shape}.
+        {name: shape}.
     """
     return {name: tap.shape for name, tap in trace(fn, *args).taps.items()}
 
@@ -300,15 +301,15 @@ def read_taps(
     """The function's result and the values of some of its taps, from one forward pass.
 
     Args:
-      fn: any JAX function of images.
-      images: [n, h, w, c].
-      names: taps.
+        fn: any JAX function of images.
+        images: [n, h, w, c].
+        names: taps.
 
     Returns:
-      fn(images) and {name: value}.
+        fn(images) and {name: value}.
 
     Raises:
-      ValueError: unknown tap, with near matches.
+        ValueError: unknown tap, with near matches.
     """
     return trace(fn, images).run(images, read=names)
 
@@ -317,13 +318,13 @@ def default_tap(taps: Mapping[str, tuple[int, ...]]) -> str:
     """The last tap with a spatial extent, the usual place for a class map.
 
     Args:
-      taps: as `list_taps` returns them.
+        taps: as `list_taps` returns them.
 
     Returns:
-      The name of the last tap of shape [n, h, w, c] with h * w > 1 that is no gate.
+        The name of the last tap of shape [n, h, w, c] with h * w > 1 that is no gate.
 
     Raises:
-      ValueError: there is none.
+        ValueError: there is none.
     """
     spatial = [
         name

@@ -97,6 +97,30 @@ def random_crop(
     return jax.vmap(window)(padded, y, x)
 
 
+def center_crop(images: jax.Array, *, size: int | tuple[int, int] | None = None) -> jax.Array:
+    """Cuts the central window, as evaluation does where training crops at random.
+
+    Args:
+        images: [n, h, w, c], any dtype.
+        size: side of the window in pixels, or (height, width); None: the images' size.
+
+    Returns:
+        [n, h', w', c], the dtype of images.
+
+    Raises:
+        ValueError: a window that is empty or larger than the image.
+    """
+    h, w = images.shape[1:3]
+    height, width = (h, w) if size is None else (size, size) if isinstance(size, int) else size
+    if not (0 < height <= h and 0 < width <= w):
+        raise ValueError(
+            f"a window of {height} x {width} pixels does not fit images of {h} x {w}; "
+            "take a smaller crop_size, or a larger image_size"
+        )
+    top, left = (h - height) // 2, (w - width) // 2
+    return images[:, top : top + height, left : left + width]
+
+
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
     """Mirrors each image left to right with probability one half.
 

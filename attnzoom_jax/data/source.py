@@ -1,17 +1,24 @@
 """Prepared TFDS data sets as random-access sources, without TensorFlow and without the network.
 
 A data set is looked up as files, `DIR/name/[config/]version/`, before TFDS is asked anything: TFDS
-itself would try the network for minutes. The embedded data set builds itself in seconds.
+itself would try the network for minutes. The embedded data sets build themselves in seconds.
+
+Images come out as uint8 RGB: grey ones get three equal channels, alpha is dropped.
 """
 
+import concurrent.futures
 import dataclasses
+import json
 import os
 import pathlib
+import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from attnzoom_jax.data.datasets import fine_shapes
 from attnzoom_jax.errors import unknown_name
@@ -24,11 +31,11 @@ class Source:
     """One split of a prepared data set.
 
     Attributes:
-      name: data set and split, for messages.
-      class_names: one per class, in the order of the labels.
-      image_shape: as stored, [h, w, c]; None where it differs from image to image.
-      examples: random access to dictionaries of NumPy arrays: `image` uint8 [h, w, c], `label`, and
-        the further fields that were asked for.
+        name: data set and split, for messages.
+        class_names: one per class, in the order of the labels; empty without class labels.
+        image_shape: [h, w, 3]; h and w are None where they differ from image to image.
+        examples: random access to dictionaries of NumPy arrays: `image` uint8 [h, w, 3], `label`,
+            and the further fields that were asked for.
     """
 
     name: str
@@ -52,44 +59,41 @@ def data_root(data_dir: str) -> pathlib.Path:
 def open_source(
     name: str, *, split: str, data_dir: str = "", fields: Sequence[str] = ("image", "label")
 ) -> Source:
-    """Open one split of a prepared data set.
+    """Open one split of a prepared data set; the newest version that is there.
 
     Args:
-      name: TFDS name, with the config where there are several: "cifar100", "fine_shapes/tiny".
-      split: "train", "test", or a slice such as "train[:90%]".
-      data_dir: folder of prepared sets, see `data_root`.
-      fields: features to decode; the others cost nothing.
+        name: TFDS name: "cifar100", or with a config: "fine_shapes/tiny". Without one, the set's
+            default config.
+        split: "train", a slice such as "train[:90%]", or a sum of those, "train+test[:10]".
+        data_dir: folder of prepared sets, see `data_root`.
+        fields: features to decode; the others cost nothing.
 
     Returns:
-      The source.
+        The source.
 
     Raises:
-      ValueError: the set is not prepared (with the command that prepares it), is not stored in a
-        format that has random access, has no such split, or lacks a field.
+        ValueError: unknown name; the set is not prepared (with the command that prepares it), has
+            no random access, no such split or field; the split is empty; files are damaged.
     """
-    builder = _builder(name, data_root(data_dir))
+    root = data_root(data_dir)
+    builder = _open_builder(name, root)
     features: Any = builder.info.features
     for field in fields:
         if field not in features:
             raise unknown_name(f"field of {name}", field, features)
-    base_split = split.partition("[")[0]
-    if base_split not in builder.info.splits:
-        raise unknown_name(f"split of {name}", base_split, builder.info.splits)
-    # RAW_BYTES: TFDS's data source would decode every field, whatever decoders it is given.
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    try:
-        records = builder.as_data_source(split=split, deserialize_method=raw)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{builder.data_path} is stored without random access; prepare it again: "
-            f"{prepare_command(name, data_root(data_dir))}"
-        ) from error
+    image, label = features.get("image"), features.get("label")
+    if "image" in fields and (len(image.shape) != 3 or image.np_dtype != np.uint8):
+        raise ValueError(f"the images of {name} are {image}; expected uint8 [h, w, c]")
+    has_classes = isinstance(label, tfds.features.ClassLabel)
+    if "label" in fields and not has_classes:
+        raise ValueError(f"the label of {name} is {label}; expected a ClassLabel")
+    records = _open_records(builder, name, split, root)
     wanted = tfds.features.FeaturesDict({field: features[field] for field in fields})
     return Source(
         name=f"{name}:{split}",
-        class_names=tuple(features["label"].names),
-        image_shape=tuple(features["image"].shape),
-        examples=_Examples(records, wanted),
+        class_names=tuple(label.names) if has_classes else (),
+        image_shape=(*image.shape[:2], 3) if image is not None else (),
+        examples=_Examples(records, wanted, f"{name}:{split} in {builder.data_path}"),
     )
 
 
@@ -99,56 +103,215 @@ class _Examples(Sequence[dict[str, Any]]):
 
     records: Any
     features: Any
+    name: str
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        return self.features.deserialize_example_np(self.records[index])
+        position = range(len(self))[index]
+        try:
+            example = self.features.deserialize_example_np(self.records[position])
+        except Exception as error:  # of array_record, protobuf or OpenCV, each with its own class
+            raise ValueError(
+                f"example {position} of {self.name} cannot be read, the file may be damaged "
+                f"({_one_line(error)})"
+            ) from error
+        if "image" in example:
+            example["image"] = _to_rgb(example["image"])
+        return example
+
+
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[..., :3]
 
 
 def prepare_command(name: str, root: pathlib.Path) -> str:
     """The command that prepares a data set."""
-    return f"python tools/prepare_data.py {name} --data_dir={root}"
+    return f"python tools/prepare_data.py {shlex.quote(name)} --data_dir={shlex.quote(str(root))}"
 
 
-def _builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
+def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
+    """Look a prepared data set up.
+
+    Args:
+        name: of the data set, with or without a config.
+        root: folder of prepared sets.
+
+    Returns:
+        The folder of its newest version; None where there is none.
+
+    Raises:
+        ValueError: the name lacks a config, and the default one is not prepared though others are.
+    """
     base, _, config = name.partition("/")
-    folder = root / base / config if config else root / base
-    # A set with several configs has one more folder between its name and its version.
-    infos = [*folder.glob("*/dataset_info.json"), *folder.glob("*/*/dataset_info.json")]
-    if not infos:
-        if base in EMBEDDED:
-            return build_embedded(name, root)
-        raise ValueError(
-            f"the data set {name!r} is not prepared in {root}; run: {prepare_command(name, root)}"
-        )
-    configs = {info.parent.parent for info in infos}
-    if len(configs) > 1:
-        known = sorted(f"{base}/{path.name}" for path in configs)
-        default = root / base / "default"
-        if default not in configs:
-            raise ValueError(f"{name!r} has several configs; name one of: {', '.join(known)}")
-        infos = [info for info in infos if info.parent.parent == default]
-    newest = max(infos, key=lambda info: _version(info.parent.name))
-    return tfds.builder_from_directory(newest.parent)
-
-
-def _version(name: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else -1 for part in name.split("."))
+    versions = _versions(root / base / config)
+    if versions or config:
+        return versions[-1] if versions else None
+    configs = _configs(root / base)
+    if not configs:
+        return None
+    recorded = root / base / ".config" / "metadata.json"  # TFDS's own note
+    default = json.loads(recorded.read_text())["default_config_name"] if recorded.exists() else None
+    if default not in configs:
+        known = ", ".join(f"{base}/{config}" for config in configs)
+        raise ValueError(f"{name!r} has several configs; of these, prepared in {root}: {known}")
+    return _versions(root / base / default)[-1]
 
 
 def build_embedded(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
     """Build an embedded data set under `root`, unless it stands there, and return its builder."""
     base, _, config = name.partition("/")
-    constructor = EMBEDDED[base]
-    known = [builder_config.name for builder_config in constructor.BUILDER_CONFIGS]
-    if config and config not in known:
-        raise unknown_name("data set", name, [f"{base}/{known_name}" for known_name in known])
-    builder = constructor(data_dir=root, config=config or None, file_format="array_record")
-    print(f"building the embedded data set {name} in {root} ...", flush=True)
-    builder.download_and_prepare()
+    builder = EMBEDDED[base](data_dir=root, config=config or None, file_format="array_record")
+    if not builder.is_prepared():
+        print(f"building the embedded data set {name} in {root} ...", flush=True)
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            # Another process may have built it meanwhile; TFDS moves finished folders into place.
+            builder = EMBEDDED[base](data_dir=root, config=config or None)
+            if not builder.is_prepared():
+                raise
     return builder
+
+
+def embedded_names() -> list[str]:
+    """The names of the embedded data sets, and of each of their configs."""
+    configs = {base: [c.name for c in cls.BUILDER_CONFIGS] for base, cls in EMBEDDED.items()}
+    return [*configs, *(f"{base}/{name}" for base, names in configs.items() for name in names)]
+
+
+def not_prepared(name: str, root: pathlib.Path) -> ValueError:
+    """The error for a data set that is not there: how to prepare it, or what its name may be."""
+    # Without the community's sets: their list would come over the network.
+    known = tfds.list_builders(with_community_datasets=False)
+    if name.partition("/")[0] in known:
+        return ValueError(
+            f"the data set {name!r} is not prepared in {root}; with network, and TensorFlow just "
+            f"for this, run: {prepare_command(name, root)}"
+        )
+    names = [*embedded_names(), *_prepared_names(root)]
+    return ValueError(
+        f"{unknown_name('data set', name, [*names, *(n for n in known if n not in names)])} "
+        f"A folder of images becomes a data set by: "
+        f"{prepare_command(name or 'NAME', root)} --from_folder=FOLDER"
+    )
+
+
+def _open_builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
+    # Not through the files: an embedded set of an older version, or of other settings, is not it.
+    if name in embedded_names():
+        return build_embedded(name, root)
+    # A name never leads out of the root, and a folder that TFDS left half-written has no version.
+    folder = find_prepared(name, root) if re.fullmatch(r"\w[\w-]*(/\w[^/]*)?", name) else None
+    if folder is None:
+        raise not_prepared(name, root)
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:
+        raise ValueError(
+            f"{folder} cannot be read ({_one_line(error)}); move it away and run: "
+            f"{prepare_command(name, root)}"
+        ) from error
+
+
+def _open_records(
+    builder: tfds.core.DatasetBuilder, name: str, split: str, root: pathlib.Path
+) -> Sequence[bytes]:
+    """Serialized examples; TFDS's data source itself would decode every field of them."""
+    splits = builder.info.splits
+    bases = [part.partition("[")[0].strip() for part in split.split("+")]
+    for base in bases:
+        if base not in splits and base != "all":
+            raise unknown_name(f"split of {name}", base, splits)
+    try:
+        count = splits[split].num_examples
+        files = splits[split].file_instructions
+    except ValueError as error:
+        raise ValueError(f"split {split!r} of {name}: {_one_line(error)}") from error
+    if count < 1:
+        raise ValueError(f"split {split!r} of {name} holds no example")
+    again = f"move that folder away and run: {prepare_command(name, root)}"
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    try:
+        if not builder.info.file_format or builder.info.file_format.value != "parquet":
+            records = builder.as_data_source(split=split, deserialize_method=raw)
+            _check_files(files, again)
+            return records
+        whole = "+".join(dict.fromkeys(bases))
+        records = builder.as_data_source(split=whole, deserialize_method=raw)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_path} is stored without random access (as "
+            f"{builder.info.file_format.value}); {again}"
+        ) from error
+    # TFDS reads Parquet files from end to end, whatever the slice.
+    starts, rows = 0, {}
+    for file in splits[whole].file_instructions:
+        rows[file.filename] = starts + np.arange(file.examples_in_shard)
+        starts += file.examples_in_shard
+    chosen = [rows[file.filename][file.skip : file.skip + file.take] for file in files]
+    return _Rows(records, np.concatenate(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(Sequence[bytes]):
+    records: Any
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> bytes:
+        return self.records[int(self.rows[index])]
+
+
+def _check_files(files: Sequence[Any], again: str) -> None:
+    """Find a missing or truncated file now: array_record opens each at its first example."""
+
+    def check(file: Any) -> None:
+        try:
+            reader = array_record_module.ArrayRecordReader(str(file.filename))
+            found = reader.num_records()
+            reader.close()
+        except (RuntimeError, ValueError) as error:
+            folder = pathlib.Path(file.filename)
+            raise ValueError(
+                f"{folder} is missing or damaged ({_one_line(error)}); {again}"
+            ) from error
+        if found != file.examples_in_shard:
+            raise ValueError(
+                f"{file.filename} holds {found} examples, not {file.examples_in_shard}; {again}"
+            )
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(check, files))
+
+
+def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Version folders, the newest last."""
+    found = [
+        info.parent
+        for info in folder.glob("*/dataset_info.json")
+        if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
+    ]
+    return sorted(found, key=lambda path: tuple(map(int, path.name.split("."))))
+
+
+def _configs(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*") if _versions(path))
+
+
+def _prepared_names(root: pathlib.Path) -> list[str]:
+    names = []
+    for folder in sorted(root.glob("*")):
+        names += [folder.name] if _versions(folder) else []
+        names += [f"{folder.name}/{config}" for config in _configs(folder)]
+    return names
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def as_array(value: Any) -> np.ndarray:

@@ -9,17 +9,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from attnzoom_jax import attribution
-from attnzoom_jax.data.augment import normalize
-from attnzoom_jax.data.pipeline import Resize, eval_batches
-from attnzoom_jax.data.source import open_source
+from attnzoom_jax.data.augment import center_crop
+from attnzoom_jax.evaluation.split import EvalSplit, Sums, to_input
 from attnzoom_jax.metrics import localization
+from attnzoom_jax.models.insert import train_argument
 from attnzoom_jax.models.taps import bind
 from attnzoom_jax.ops import maps as ops_maps
-from attnzoom_jax.training.sharding import prefetch
 
 
 class Localize:
@@ -32,6 +30,7 @@ class Localize:
         mesh: batches are split over it.
         tap: where the map is taken; "" for the last spatial tap.
         masks: fields of the data set, [h, w, 1], above 0 inside.
+        prefix: of the metrics' names; "" for the split.
     """
 
     def __init__(
@@ -43,22 +42,28 @@ class Localize:
         mesh: Mesh,
         tap: str = "",
         masks: tuple[str, ...] = ("object_mask", "part_mask"),
+        prefix: str = "",
     ) -> None:
-        self.split, self.masks = split, tuple(masks)
-        self._mesh, self._data = mesh, data
-        fields = ("image", "label", *self.masks)
-        self._source = open_source(data.name, split=split, data_dir=data.dir, fields=fields)
+        self.prefix, self.masks = prefix or split, tuple(masks)
 
-        def add_batch(sums: Any, variables: Any, batch: dict[str, jax.Array]) -> Any:
-            images = normalize(batch["image"], mean=data.mean, std=data.std)
-            fn = bind(model, variables, train=False)
+        def batch_sums(variables: Any, batch: dict[str, jax.Array]) -> Sums:
+            images = to_input(batch["image"], data)
+            fn = bind(model, variables, **train_argument(model, False))
             where = tap or attribution.default_tap(attribution.list_taps(fn, images))
             maps = attribution.grad_cam(fn, images, batch["label"], tap=where)
-            maps = ops_maps.resize(ops_maps.positive(maps), images.shape[1:3])
-            new = _sums(maps, {name: batch[name][..., 0] for name in self.masks}, batch["mask"])
-            return new if sums is None else jax.tree.map(jnp.add, sums, new)
+            _, h, w, _ = images.shape
+            maps = ops_maps.resize(ops_maps.positive(maps), (h, w))
+            crop = data.crop_size or None
+            inside = {name: center_crop(batch[name], size=crop)[..., 0] for name in self.masks}
+            return _sums(maps, inside, batch["mask"])
 
-        self._add_batch = jax.jit(add_batch)
+        self._split = EvalSplit(
+            data=data,
+            split=split,
+            mesh=mesh,
+            fields=("image", "label", *self.masks),
+            batch_sums=batch_sums,
+        )
 
     def run(self, variables: Any) -> dict[str, float]:
         """Evaluate.
@@ -67,42 +72,30 @@ class Localize:
             variables: of the model.
 
         Returns:
-            For every mask field, say `object_mask`, as fractions: "<split>/object_energy" (share of
-            the map's energy inside), "<split>/object_share" (the mask's share of the image),
-            "<split>/object_energy_ratio" (the one by the other; 1 = no better than a uniform map),
-            "<split>/object_pointing" (peak inside) and "<split>/object_center" (image centre
-            inside); and "<split>/empty_maps" (maps without any positive value).
+            For every mask field, say `object_mask`, as fractions: "<prefix>/object_energy" (share
+            of the map's energy inside), "<prefix>/object_share" (the mask's share of the image),
+            "<prefix>/object_energy_ratio" (the one by the other; 1 = no better than a uniform map),
+            "<prefix>/object_pointing" (peak inside) and "<prefix>/object_center" (image centre
+            inside); and "<prefix>/empty_maps" (maps without any positive value).
         """
-        batches = eval_batches(
-            self._source,
-            batch_size=self._data.eval_batch_size,
-            resize=Resize(self._data.resize, self._data.image_size),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_threads=self._data.num_threads,
-        )
-        sums = None
-        for batch in prefetch(batches, self._mesh):
-            sums = self._add_batch(sums, variables, batch)
-        total = {name: float(np.asarray(value)) for name, value in jax.device_get(sums).items()}
+        total = {name: float(value) for name, value in self._split.run(variables).items()}
         count = total.pop("count")
-        metrics = {f"{self.split}/{name}": value / count for name, value in total.items()}
+        metrics = {name: value / count for name, value in total.items()}
         for mask in self.masks:
-            name = f"{self.split}/{mask.removesuffix('_mask')}"
+            name = mask.removesuffix("_mask")
             share = metrics[f"{name}_share"]
             metrics[f"{name}_energy_ratio"] = metrics[f"{name}_energy"] / share if share else 0.0
-        return metrics
+        return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
 
 
-def _sums(maps: jax.Array, masks: dict[str, jax.Array], real: jax.Array) -> dict[str, jax.Array]:
+def _sums(maps: jax.Array, masks: dict[str, jax.Array], real: jax.Array) -> Sums:
     h, w = maps.shape[1:]
-    center = jnp.zeros_like(maps).at[:, h // 2, w // 2].set(1.0)
     values = {"empty_maps": maps.max(axis=(1, 2)) <= 0}
     for mask, inside in masks.items():
         name = mask.removesuffix("_mask")
         values[f"{name}_energy"] = localization.energy_inside(maps, inside)
         values[f"{name}_share"] = localization.mask_share(inside)
         values[f"{name}_pointing"] = localization.pointing_hit(maps, inside)
-        values[f"{name}_center"] = localization.pointing_hit(center, inside)
+        values[f"{name}_center"] = inside[:, h // 2, w // 2] > 0
     sums = {name: jnp.where(real > 0, value, 0).sum() for name, value in values.items()}
     return {**sums, "count": real.sum()}

@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 from jax.sharding import Mesh
 
 from attnzoom_jax.training.checkpoint import Checkpoints
@@ -19,7 +18,7 @@ class TrainedModel:
     """What eval.py and explain.py work on.
 
     Attributes:
-        config: of the run, or the one given instead.
+        config: ConfigDict of the run, or the one given instead.
         model: classifier.
         variables: its trained variables (the averaged ones where the run kept such).
         step: of the checkpoint.
@@ -27,19 +26,19 @@ class TrainedModel:
         image_shape: [h, w, c] of what the model sees.
     """
 
-    config: ml_collections.ConfigDict
+    config: Any
     model: nn.Module
     variables: Any
     step: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, int, int]
 
 
 def restore_model(
     workdir: str,
     *,
     checkpoint: str = "best",
-    config: ml_collections.ConfigDict | None = None,
+    config: Any = None,
     mesh: Mesh,
 ) -> TrainedModel:
     """Restore a model from a run's folder.

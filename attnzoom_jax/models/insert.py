@@ -24,18 +24,18 @@ class Insert(nn.Module):
     """A backbone with layers inserted at its taps.
 
     Attributes:
-      backbone: any linen module, called as `backbone(images, *args, **kwargs)`.
-      layers: {tap of the backbone: layer}. A tap is a module path such as `stage1/block2`, `path#1`
-        for a repeated call, `path/0` for a leaf of a tuple, or `input` for the images. A layer is
-        called as `layer(x)`, with `train=` where it accepts it and the call has it.
+        backbone: any linen module, called as `backbone(images, *args, **kwargs)`.
+        layers: {tap of the backbone: layer}. A tap is a module path such as `stage1/block2`,
+            `path#1` for a repeated call, `path/0` for a leaf of a tuple, or `input` for the images.
+            A layer is called as `layer(x)`, with `train=` where it accepts it and the call has it.
 
     Seen through `bind`, the tap `backbone/<path>` is the value after the layer and
     `backbone/<path>/before` the one before it.
 
     Raises:
-      ValueError: from init or apply, for an unknown path (the nearest are named), and for a path
-        inside nn.jit, nn.scan, nn.remat or another lifted transformation, where the variables of
-        a layer would leak.
+        ValueError: from init or apply, for an unknown path (the nearest are named), and for a path
+          inside nn.jit, nn.scan, nn.remat or another lifted transformation, where the variables of
+          a layer would leak.
     """
 
     backbone: nn.Module
@@ -57,6 +57,7 @@ class Insert(nn.Module):
             taps.append(path)
             if path not in self.layers:
                 return value
+            assert self.scope is not None and module.scope is not None  # both are being called
             if module.scope.trace_level != self.scope.trace_level:
                 raise ValueError(
                     f"Insert at {path!r}: this module runs inside a lifted transformation (nn.jit, "
@@ -87,7 +88,7 @@ class InsertedLayers(nn.Module):
         return layer(value, **({} if train is None else train_argument(layer, train)))
 
 
-def train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
+def train_argument(module: nn.Module, train: bool) -> dict[str, Any]:
     """{"train": train} for a module whose call accepts it, else {}."""
     parameters = inspect.signature(module.__call__).parameters.values()
     takes = any(p.name == "train" or p.kind == p.VAR_KEYWORD for p in parameters)

@@ -29,10 +29,10 @@ def visit_taps(visit: Visit, root: tuple[str, ...] = ()):
     """Pass every tap below `root` through `visit` while the context is open.
 
     Args:
-      visit: called as `visit(name, value, module)`; what it returns takes the value's place.
-      root: the path below which modules are visited; names are relative to it.
+        visit: called as `visit(name, value, module)`; what it returns takes the value's place.
+        root: the path below which modules are visited; names are relative to it.
     """
-    calls: list[Any] = []  # scopes, held so that an id is never used twice
+    calls: list[tuple[tuple[str, ...], Any]] = []
 
     def interceptor(next_fun, args, kwargs, context):
         output = next_fun(*args, **kwargs)
@@ -41,11 +41,11 @@ def visit_taps(visit: Visit, root: tuple[str, ...] = ()):
         is_below = path[: len(root)] == root
         if context.method_name != "__call__" or not is_below or isinstance(module, Gate):
             return output
-        # A lifted transformation (nn.remat, nn.scan) may trace its body several times, each time
-        # with a fresh scope: calls are counted per scope.
-        scope = module.scope
-        repeat = sum(scope is seen for seen in calls)
-        calls.append(scope)
+        # A lifted transformation (nn.remat, nn.scan) may trace its body several times: a call is
+        # repeated only where the same trace sees it again.
+        trace = module.scope.trace_level
+        repeat = sum((path, trace) == call for call in calls)
+        calls.append((path, trace))
         name = "/".join(path[len(root) :]) or "root"
         if repeat:
             name = f"{name}#{repeat}"
@@ -66,24 +66,24 @@ def bind(model: nn.Module, variables: Any, **call_kwargs: Any) -> Callable[..., 
     """Turn a Flax model into a plain function whose every module output is a named tap.
 
     Args:
-      model: any linen module.
-      variables: its variables, as `model.init` returns them.
-      **call_kwargs: keyword arguments of every call, for example `train=False`.
+        model: any linen module.
+        variables: its variables, as `model.init` returns them.
+        **call_kwargs: keyword arguments of every call, for example `train=False`.
 
     Returns:
-      A function `images [n, h, w, c] -> model output`. Its taps can be listed with
-      `attribution.list_taps`, and used under jit, vmap and grad.
+        A function `images [n, h, w, c] -> model output`. Its taps can be listed with
+        `attribution.list_taps`, and used under jit, vmap and grad.
 
     Raises:
-      ValueError: from the call, where a module runs inside `nn.jit`: that caches its trace, so that
-        a tap could be missing, or stale, another time.
+        ValueError: from the call, where a module runs inside `nn.jit`: that caches its trace, so
+            that a tap could be missing, or stale, another time.
     """
 
     def mark(name: str, value: jax.Array, module: nn.Module) -> jax.Array:
         if _is_inside_nn_jit():
             raise ValueError(
-                f"the module {name!r} runs inside nn.jit, where a tap may be missing or stale; take "
-                "nn.jit out of the model and put jax.jit around the whole function"
+                f"the module {name!r} runs inside nn.jit, where a tap may be missing or stale; "
+                "take nn.jit out of the model and put jax.jit around the whole function"
             )
         return checkpoint_name(value, name)
 

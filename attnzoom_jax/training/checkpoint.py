@@ -3,6 +3,7 @@
 Everything that knows Orbax is here.
 """
 
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -19,11 +20,11 @@ class Checkpoints:
     """The checkpoints folder of a run.
 
     Args:
-      folder: is created when the first checkpoint is saved.
-      best_metric: the metric by which one checkpoint is the best, "" for none.
-      best_mode: "max" or "min".
-      keep: how many of the last checkpoints stay; the best stays besides.
-      read_only: nothing is saved, deleted or created.
+        folder: is created when the first checkpoint is saved.
+        best_metric: the metric by which one checkpoint is the best, "" for none.
+        best_mode: "max" or "min".
+        keep: how many of the last checkpoints stay; the best stays besides.
+        read_only: nothing is saved, deleted or created.
     """
 
     def __init__(
@@ -39,11 +40,18 @@ class Checkpoints:
         self.best_metric = best_metric
         if not read_only:
             sweep_unfinished(self.folder)
+
+        def value(metrics: dict[str, float]) -> float:
+            """What to rank a checkpoint by; NaN, which would spoil the order, is the worst."""
+            number = metrics[best_metric]
+            worst = -math.inf if best_mode == "max" else math.inf
+            return worst if math.isnan(number) else number
+
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if best_metric:
             policies.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    get_metric_fn=value,
                     reverse=best_mode == "min",
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -54,7 +62,7 @@ class Checkpoints:
             item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+                best_fn=value if best_metric else None,
                 best_mode=best_mode,
                 create=not read_only,
                 read_only=read_only,
@@ -78,7 +86,7 @@ class Checkpoints:
         """The step that "last", "best" or a number names.
 
         Raises:
-          ValueError: no such checkpoint; those that exist are named.
+            ValueError: no such checkpoint; those that exist are named.
         """
         steps = self.steps()
         if not steps:
@@ -105,15 +113,15 @@ class Checkpoints:
         """Read a checkpoint.
 
         Args:
-          step: as `find` returns it.
-          like: a state of the same structure, arrays or shapes.
-          mesh: where the restored arrays live, whatever it was when they were saved.
+            step: as `find` returns it.
+            like: a state of the same structure, arrays or shapes.
+            mesh: where the restored arrays live, whatever it was when they were saved.
 
         Returns:
-          The state.
+            The state.
 
         Raises:
-          ValueError: the checkpoint is of another model; both sides are listed.
+            ValueError: the checkpoint is of another model; both sides are listed.
         """
         saved = self._manager.item_metadata(step)
         check_same_tree(saved=saved, expected=like, where=f"checkpoint {step} in {self.folder}")
@@ -123,15 +131,15 @@ class Checkpoints:
         """Read what a model needs to be evaluated, whatever optimiser trained it.
 
         Args:
-          step: as `find` returns it.
-          like: {"params", "batch_stats"}, arrays or shapes.
-          mesh: where the restored arrays live.
+            step: as `find` returns it.
+            like: {"params", "batch_stats"}, arrays or shapes.
+            mesh: where the restored arrays live.
 
         Returns:
-          {"params", "batch_stats"}; the averaged parameters where the run kept such.
+            {"params", "batch_stats"}; the averaged parameters where the run kept such.
 
         Raises:
-          ValueError: the checkpoint is of another model; both sides are listed.
+            ValueError: the checkpoint is of another model; both sides are listed.
         """
         saved = self._manager.item_metadata(step)
         params = "ema_params" if jax.tree.leaves(saved["ema_params"]) else "params"
@@ -167,12 +175,12 @@ def check_same_tree(*, saved: Any, expected: Any, where: str) -> None:
     """Compare two trees of arrays path by path.
 
     Args:
-      saved: what there is.
-      expected: what the model needs.
-      where: names the saved side in the message.
+        saved: what there is.
+        expected: what the model needs.
+        where: names the saved side in the message.
 
     Raises:
-      ValueError: lists what only one side has, or what differs in shape: - saved, + expected.
+        ValueError: lists what only one side has, or what differs in shape: - saved, + expected.
     """
     there, needed = _shapes(saved), _shapes(expected)
     lines = [f"- {path} {shape}" for path, shape in there.items() if needed.get(path) != shape]

@@ -5,14 +5,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 import optax
 
 from attnzoom_jax.data.pipeline import Resize
 from attnzoom_jax.data.source import Source, open_source
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.models import create_model
-from attnzoom_jax.training.optimizer import create_optimizer, create_schedule
+from attnzoom_jax.training.optimizer import create_optimizer
+from attnzoom_jax.training.schedule import create_schedule
 from attnzoom_jax.training.state import init_variables
 from attnzoom_jax.training.step import Recipe
 
@@ -37,7 +37,7 @@ class Experiment:
 
     source: Source
     resize: Resize
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, int, int]
     model: nn.Module
     recipe: Recipe
     schedule: optax.Schedule
@@ -46,18 +46,19 @@ class Experiment:
     eval_every: int
 
 
-def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
+def create_experiment(config: Any) -> Experiment:
     """Build the parts of a run; nothing is trained, no array is made.
 
     Args:
-        config: with the keys of configs/default.py.
+        config: a ConfigDict with the keys of configs/default.py.
 
     Returns:
         The parts.
 
     Raises:
         ValueError: data set not prepared, unknown model, layer, path, optimiser, schedule or cache,
-            a length given twice or not at all.
+            a length given twice or not at all, a batch larger than the split, a metric that no
+            evaluation while training has.
     """
     if config.data.cache not in CACHES:
         raise unknown_name("data.cache", config.data.cache, CACHES)
@@ -65,6 +66,12 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     resize = Resize(config.data.resize, config.data.image_size)
     image_shape = _image_shape(config, source)
     model = create_model(num_classes=len(source.class_names), **config.model.to_dict())
+    if config.data.batch_size > len(source):
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} exceeds the {len(source)} examples of "
+            f"{source.name}"
+        )
+    _check_evals(config)
     steps_per_epoch = len(source) / config.data.batch_size
     total_steps = _steps(config, "total", steps_per_epoch)
     schedule = create_schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -82,32 +89,49 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     )
 
 
-def _recipe(config: ml_collections.ConfigDict) -> Recipe:
-    augment: dict[str, Any] = config.augment.to_dict()
+def _check_evals(config: Any) -> None:
+    """Every metric that the run watches must come from an evaluation that runs while training."""
+    for name in config.train_evals:
+        if name not in config.evals:
+            raise unknown_name("evaluation in train_evals", name, config.evals)
+    evals = [config.evals[name] for name in config.train_evals]
+    prefixes = [evaluation.get("prefix") or evaluation.split for evaluation in evals]
+    watched = {"best_metric": config.best_metric, "schedule.metric": config.schedule.get("metric")}
+    for key, metric in watched.items():
+        if metric and metric.rpartition("/")[0] not in prefixes:
+            raise ValueError(
+                f"{key}={metric!r} is of no evaluation that runs while training; expected a metric "
+                f"of {' or '.join(f'{prefix}/' for prefix in prefixes)}, or a further name in "
+                "train_evals"
+            )
+
+
+def _recipe(config: Any) -> Recipe:
     return Recipe(
         seed=config.seed,
         mean=config.data.mean,
         std=config.data.std,
         label_smoothing=config.label_smoothing,
         ema_decay=config.ema_decay,
-        **{**augment, "crop_size": augment["crop_size"] or None},
+        crop_size=config.data.crop_size or None,
+        **config.augment.to_dict(),
     )
 
 
-def _image_shape(config: ml_collections.ConfigDict, source: Source) -> tuple[int, ...]:
-    stored, size = source.image_shape, config.augment.crop_size or config.data.image_size
+def _image_shape(config: Any, source: Source) -> tuple[int, int, int]:
+    stored, size = source.image_shape, config.data.crop_size or config.data.image_size
     if config.data.resize == "none" and None in stored:
         raise ValueError(
             f"the images of {source.name} differ in size; set data.resize to squash or crop, and "
             "data.image_size"
         )
     h, w, c = stored
-    if config.data.resize != "none" or config.augment.crop_size:
+    if config.data.resize != "none" or config.data.crop_size:
         h = w = size
     return (int(h or 0), int(w or 0), int(c or 3))
 
 
-def _steps(config: ml_collections.ConfigDict, key: str, steps_per_epoch: float) -> int:
+def _steps(config: Any, key: str, steps_per_epoch: float) -> int:
     """`<key>_steps`, or `<key>_epochs` in steps."""
     steps, epochs = config[f"{key}_steps"], config[f"{key}_epochs"]
     if (steps > 0) == (epochs > 0):

@@ -10,9 +10,9 @@ class Progress:
     """Throughput and remaining time of a run.
 
     Args:
-      start_step: where this process begins.
-      total_steps: where it ends.
-      batch_size: examples of one step.
+        start_step: where this process begins.
+        total_steps: where it ends.
+        batch_size: examples of one step.
     """
 
     def __init__(self, *, start_step: int, total_steps: int, batch_size: int) -> None:

@@ -6,14 +6,14 @@ mesh are those of the global batch.
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def create_mesh(devices: Any = None) -> Mesh:
     """A mesh with the one axis "data" over the devices (default: all of them)."""
     devices = jax.devices() if devices is None else list(devices)
     # Auto axes: with the default, Explicit, plain integer indexing raises.
@@ -30,11 +30,11 @@ def split_by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise a ValueError if a global batch cannot be split evenly over the mesh."""
+def check_batch_size(batch_size: int, mesh: Mesh, *, key: str = "data.batch_size") -> None:
+    """Raise a ValueError, naming the config's key, if a batch does not split over the mesh."""
     if batch_size < 1 or batch_size % mesh.size:
         raise ValueError(
-            f"data.batch_size={batch_size} cannot be split over {mesh.size} devices; "
+            f"{key}={batch_size} cannot be split over {mesh.size} devices; "
             f"take a multiple of {mesh.size}"
         )
 

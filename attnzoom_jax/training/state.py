@@ -17,11 +17,11 @@ class TrainState(flax.struct.PyTreeNode):
     """What a checkpoint holds. Random keys are not in it: they are folded from (seed, step).
 
     Attributes:
-      step: int32 scalar, updates done.
-      params: float32 parameters.
-      batch_stats: running statistics of BatchNorm; {} without.
-      opt_state: of the optimiser.
-      ema_params: exponential moving average of the parameters; None when switched off.
+        step: int32 scalar, updates done.
+        params: float32 parameters.
+        batch_stats: running statistics of BatchNorm; {} without.
+        opt_state: of the optimiser.
+        ema_params: exponential moving average of the parameters; None when switched off.
     """
 
     step: jax.Array
@@ -40,16 +40,17 @@ def init_variables(model: nn.Module, image_shape: tuple[int, ...], seed: int) ->
     """Variables of a model: pure, so it can be jitted or only shaped (`jax.eval_shape`).
 
     Args:
-      model: a linen classifier of images.
-      image_shape: [h, w, c].
-      seed: of the parameters.
+        model: a linen classifier of images.
+        image_shape: [h, w, c].
+        seed: of the parameters.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, the latter {} without BatchNorm.
+        {"params": ..., "batch_stats": ...}, the latter {} without BatchNorm.
     """
     key = jax.random.key(seed)
     images = jnp.zeros((1, *image_shape))
-    variables = model.init({"params": key, "dropout": key}, images, **train_argument(model, False))
+    train: Any = train_argument(model, False)
+    variables = model.init({"params": key, "dropout": key}, images, **train)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
@@ -65,15 +66,15 @@ def create_state(
     """The state at step 0, replicated over a mesh.
 
     Args:
-      model: a linen classifier of images.
-      optimizer: what will update it.
-      image_shape: [h, w, c] of what the model sees.
-      seed: of the parameters.
-      mesh: where the state lives.
-      use_ema: whether to keep averaged parameters.
+        model: a linen classifier of images.
+        optimizer: what will update it.
+        image_shape: [h, w, c] of what the model sees.
+        seed: of the parameters.
+        mesh: where the state lives.
+        use_ema: whether to keep averaged parameters.
 
     Returns:
-      The state.
+        The state.
     """
 
     def create() -> TrainState:

@@ -26,17 +26,17 @@ class Recipe:
     """How a batch becomes a loss; field names are the config's.
 
     Attributes:
-      seed: of augmentation and dropout.
-      mean: of the pixels per channel, in [0, 1].
-      std: of the pixels per channel, in [0, 1].
-      crop_padding: pixels of zero padding before a random crop; 0 with no crop_size: no crop.
-      crop_size: side of the random crop; None keeps the size.
-      flip: mirror half of the images.
-      auto_augment: name of a policy, or "".
-      mixup: alpha of mixup; 0 = off.
-      cutmix: alpha of CutMix; 0 = off. With both on, each step takes one of them at random.
-      label_smoothing: in [0, 1).
-      ema_decay: of the averaged parameters; 0 = off.
+        seed: of augmentation and dropout.
+        mean: of the pixels per channel, in [0, 1].
+        std: of the pixels per channel, in [0, 1].
+        crop_padding: pixels of zero padding before a random crop; 0 with no crop_size: no crop.
+        crop_size: side of the random crop; None keeps the size.
+        flip: mirror half of the images.
+        auto_augment: name of a policy, or "".
+        mixup: alpha of mixup; 0 = off.
+        cutmix: alpha of CutMix; 0 = off. With both on, each step takes one of them at random.
+        label_smoothing: in [0, 1).
+        ema_decay: of the averaged parameters; 0 = off.
     """
 
     seed: int
@@ -58,15 +58,16 @@ def make_train_step(
     """Build the update of a classifier.
 
     Args:
-      model: images float [n, h, w, c] -> logits [n, k].
-      optimizer: what turns gradients into updates.
-      recipe: augmentation and loss.
-      num_classes: k.
+        model: images float [n, h, w, c] -> logits [n, k].
+        optimizer: what turns gradients into updates.
+        recipe: augmentation and loss.
+        num_classes: k.
 
     Returns:
-      A pure function (state, {"image": uint8 [n, h, w, c], "label": int [n]}) -> (state, metrics).
-      Metrics are summed over steps: `loss` and `top1` (means of the batch), `grad_norm`, `steps`
-      (1), and `bad_step`: the step at which the loss was first not finite, else NO_STEP.
+        A pure function (state, batch) -> (state, metrics) with the batch {"image": uint8
+        [n, h, w, c], "label": int [n]}. Metrics are summed over steps: `loss` and `top1` (means of
+        the batch), `grad_norm`, `steps` (1), and `bad_step`: the first step, counted from 1, whose
+        loss or update was not finite, else NO_STEP.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -74,13 +75,15 @@ def make_train_step(
         augment_key, mix_key, dropout_key = jax.random.split(key, 3)
         images, targets = _prepare(batch, recipe, augment_key, mix_key, num_classes)
 
+        train: Any = train_argument(model, True)
+
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             logits, updates = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
-                **train_argument(model, True),
+                **train,
             )
             loss = softmax_cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
             return loss.mean(), (logits, updates.get("batch_stats", {}))
@@ -91,12 +94,14 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
+        # A finite loss may have an infinite gradient, and the checkpoint would hold the damage.
+        is_good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
         metrics = {
             "loss": loss,
             "top1": jnp.mean(logits.argmax(-1) == targets.argmax(-1), dtype=jnp.float32),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "steps": jnp.ones((), jnp.int32),
-            "bad_step": jnp.where(jnp.isfinite(loss), NO_STEP, state.step),
+            "bad_step": jnp.where(is_good, NO_STEP, state.step + 1),
         }
         state = TrainState(
             step=state.step + 1,
@@ -125,12 +130,12 @@ def jit_steps_on_device(train_step: Any, mesh: Mesh) -> Any:
     """Compile several train steps in one call, on a split that lies on the devices.
 
     Args:
-      train_step: as `make_train_step` returns it.
-      mesh: the split is replicated over it, each batch is split over it.
+        train_step: as `make_train_step` returns it.
+        mesh: the split is replicated over it, each batch is split over it.
 
     Returns:
-      A function (state, split, indices int32 [s, b], count) -> (state, metrics) that does the first
-      `count` <= s steps; one compilation serves every count. The state is donated.
+        A function (state, split, indices int32 [s, b], count) -> (state, metrics) that does the
+        first `count` <= s steps; one compilation serves every count. The state is donated.
     """
     everywhere, by_example = replicated(mesh), split_by_example(mesh)
 

@@ -30,7 +30,7 @@ class Workdir:
     """A run's folder.
 
     Args:
-      path: of the folder; need not exist yet.
+        path: of the folder; need not exist yet.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -44,16 +44,19 @@ class Workdir:
     def claim(self, config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
         """Make the folder that of this config: write it down, or check that it is the same.
 
+        A folder without a checkpoint holds nothing that could be lost: the new config replaces
+        that of the run which stopped so early, perhaps because its config was wrong.
+
         Args:
-          config: of the run.
-          overrides: {key: value} given on the command line.
+            config: of the run.
+            overrides: {key: value} given on the command line.
 
         Raises:
-          ValueError: the folder holds a run of another config (the differences are listed), or
-            cannot be written.
+            ValueError: the folder holds a run of another config (the differences are listed), or
+                cannot be written.
         """
         ours = to_plain(config)
-        if (self.path / "config.json").exists():
+        if (self.path / "config.json").exists() and self._has_checkpoint():
             theirs = self._read("config.json")
             lines = [line for line in differences(theirs, ours) if not _is_free(line.split()[1])]
             if lines:
@@ -72,11 +75,14 @@ class Workdir:
                 f"cannot write into --workdir={self.path}: {error.strerror}"
             ) from error
 
-    def config(self) -> ml_collections.ConfigDict:
+    def _has_checkpoint(self) -> bool:
+        return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+
+    def config(self) -> Any:
         """The config of the run in this folder.
 
         Raises:
-          ValueError: there is no run.
+            ValueError: there is no run.
         """
         if not (self.path / "config.json").exists():
             raise ValueError(f"--workdir={self.path} holds no run (no config.json); train first")

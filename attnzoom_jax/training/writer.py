@@ -11,26 +11,24 @@ class MetricWriter:
     """Appends metrics to a run's folder; one process writes.
 
     Args:
-      folder: of the run.
-      start_step: lines of later steps, left by a killed run that goes on from here, are dropped.
+        folder: of the run.
+        start_step: lines of later steps, left by a killed run that goes on from here, are dropped.
     """
 
     def __init__(self, folder: pathlib.Path, *, start_step: int) -> None:
-        path = folder / "metrics.jsonl"
-        _keep_until(path, start_step)
-        self._file = path.open("a")
+        self._path = folder / "metrics.jsonl"
+        _keep_until(self._path, start_step)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close the files."""
-        self._file.close()
+        """Flush and close TensorBoard's file."""
         self._tensorboard.close()
 
 
@@ -43,7 +41,9 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
 def _keep_until(path: pathlib.Path, step: int) -> None:
     lines = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
     if path.exists():
-        path.write_text("".join(line + "\n" for line in lines))
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text("".join(line + "\n" for line in lines))
+        unfinished.replace(path)
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 import matplotlib
+import matplotlib.cm
 import matplotlib.colors
 import matplotlib.figure
 import numpy as np

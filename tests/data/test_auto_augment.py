@@ -244,6 +244,7 @@ def test_policies_are_well_formed():
         ([(("Rotate", 0.5, 3),)], "sequence of pairs"),
         ([("Rotate", "Invert")], "expected .op, probability, index"),
         ([], "sequence of pairs"),
+        (True, "sequence of pairs"),
     ],
 )
 def test_bad_policies(policy, message):

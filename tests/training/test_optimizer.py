@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from attnzoom_jax.training import optimizer as opt
+from attnzoom_jax.training import schedule as sched
 
 
 def config(optimizer=None, schedule=None):
@@ -22,19 +23,9 @@ def config(optimizer=None, schedule=None):
     )
 
 
-def schedule_of(
-    total_steps: Any = 100, steps_per_epoch: Any = 10, learning_rate: Any = 0.1, **schedule
-) -> Any:
-    return opt.create_schedule(
-        config({"learning_rate": learning_rate}, schedule),
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-    )
-
-
 def create(params, optimizer=None, schedule=None):
     settings = config(optimizer, schedule)
-    rate = opt.create_schedule(settings, total_steps=100, steps_per_epoch=10)
+    rate = sched.create_schedule(settings, total_steps=100, steps_per_epoch=10)
     return opt.create_optimizer(settings, params, schedule=rate)
 
 
@@ -65,169 +56,6 @@ def run(optimizer, params, grads):
         params = optax.apply_updates(params, updates)
         seen.append(params)
     return seen, state
-
-
-# Schedules against their formulas.
-
-
-def values(schedule, steps):
-    """Compiled and not: division by constants differs between the two."""
-    steps = np.arange(steps)
-    compiled = jax.jit(jax.vmap(schedule))(steps)
-    np.testing.assert_allclose(compiled, [schedule(int(s)) for s in steps], rtol=1e-5, atol=1e-8)
-    return compiled
-
-
-def test_constant():
-    np.testing.assert_allclose(values(schedule_of(), 5), 0.1, rtol=1e-6)
-
-
-def test_cosine_after_linear_warmup():
-    def slow(step):
-        if step < 20:
-            return 0.1 * step / 20
-        return 0.1 * (1 + math.cos(math.pi * (step - 20) / 80)) / 2
-
-    want = [slow(step) for step in range(101)]
-    for warmup in ({"warmup_steps": 20}, {"warmup_epochs": 2}, {"warmup_epochs": 1.96}):
-        got = values(schedule_of(name="cosine", **warmup), 101)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
-    assert got[-1] == pytest.approx(0, abs=1e-8)
-    without = values(schedule_of(name="cosine"), 101)
-    assert without[0] == pytest.approx(0.1) and without[50] == pytest.approx(0.05)
-
-
-def test_step_is_torch_step_lr():
-    def step_lr(base, gamma, step_size, steps):
-        """PyTorch's chained form."""
-        rate, rates = base, []
-        for step in range(steps):
-            if step and step % step_size == 0:
-                rate *= gamma
-            rates.append(rate)
-        return rates
-
-    # 41 and 47: a compiled float division by them misses the boundary.
-    for period in (1, 7, 41, 47):
-        got = values(schedule_of(name="step", decay_steps=period, factor=0.5), 100)
-        np.testing.assert_allclose(got, step_lr(0.1, 0.5, period, 100), rtol=1e-5)
-    got = values(schedule_of(name="step", decay_epochs=3), 100)
-    np.testing.assert_allclose(got, step_lr(0.1, 0.1, 30, 100), rtol=1e-5)
-
-
-def test_step_at_boundaries_with_warmup():
-    def slow(step):
-        rate = 0.1 * 0.2 ** sum(step >= b for b in (30, 60, 80))
-        return rate * min(step / 10, 1)
-
-    want = [slow(step) for step in range(100)]
-    for boundaries in ({"boundary_steps": (30, 60, 80)}, {"boundary_epochs": [3, 6, 8.0]}):
-        got = values(schedule_of(name="step", factor=0.2, warmup_epochs=1, **boundaries), 100)
-        np.testing.assert_allclose(got, want, rtol=1e-5)
-
-
-@pytest.mark.parametrize("total", [2, 3, 4, 10, 97, 100])
-@pytest.mark.parametrize(
-    "settings", [{}, {"pct_start": 0.45, "div_factor": 5.0, "final_div_factor": 100.0}]
-)
-def test_one_cycle_is_torch_one_cycle_lr(total, settings):
-    def slow(step) -> Any:
-        """PyTorch's loop over the phases."""
-        pct = settings.get("pct_start", 0.3)
-        initial = 0.1 / settings.get("div_factor", 25)
-        phases = [
-            (pct * total - 1, initial, 0.1),
-            (total - 1, 0.1, initial / settings.get("final_div_factor", 1e4)),
-        ]
-        start_step = 0
-        for i, (end_step, start, end) in enumerate(phases):
-            if step <= end_step or i == len(phases) - 1:
-                done = (step - start_step) / (end_step - start_step)
-                return end + (start - end) / 2 * (math.cos(math.pi * done) + 1)
-            start_step = end_step
-
-    got = values(schedule_of(name="one_cycle", total_steps=total, **settings), total)
-    np.testing.assert_allclose(got, [slow(step) for step in range(total)], rtol=1e-4, atol=2e-9)
-
-
-def slow_plateau(metrics, mode, factor, patience, threshold=1e-4):
-    """PyTorch's ReduceLROnPlateau, relative threshold: the scale after each evaluation."""
-    best = math.inf if mode == "min" else -math.inf
-    bad, scale, scales = 0, 1.0, []
-    for value in metrics:
-        better = value < best * (1 - threshold) if mode == "min" else value > best * (1 + threshold)
-        if better:
-            best, bad = value, 0
-        else:
-            bad += 1
-        if bad > patience:
-            scale, bad = scale * factor, 0
-        scales.append(scale)
-    return scales
-
-
-@pytest.mark.parametrize("mode", ["min", "max"])
-@pytest.mark.parametrize("patience", [0, 1, 3])
-@pytest.mark.parametrize("threshold", [1e-4, 0.1])
-def test_plateau_is_torch_reduce_lr_on_plateau(mode, patience, threshold):
-    rng = np.random.default_rng(0)
-    rise = np.minimum(np.arange(40) / 20, 1) + 0.2 * rng.random(40) + 1
-    metrics = np.round(rise if mode == "max" else 4 - rise, 3).tolist()
-    metrics[25] = math.nan
-    settings = {
-        "name": "plateau",
-        "mode": mode,
-        "factor": 0.5,
-        "patience": patience,
-        "threshold": threshold,
-    }
-    state = create(some_params(), schedule=settings).init(some_params())
-    update, scales = jax.jit(opt.plateau_update), []
-    for value in metrics:
-        state = update(state, value)
-        scales.append(float(opt.plateau_scale(state)))
-    want = slow_plateau(metrics, mode, 0.5, patience, threshold)
-    assert want[-1] < 0.6  # the sequence does lower the rate
-    np.testing.assert_allclose(scales, want, rtol=1e-6)
-
-
-def test_plateau_scales_the_update_and_survives_as_arrays():
-    params = some_params()
-    grad = gradients(params, 1)[0]
-    settings = {"name": "plateau", "mode": "min", "patience": 0}
-    optimizer = create(params, {"momentum": 0.9}, settings)
-    state = optimizer.init(params)
-    before, _ = optimizer.update(grad, state, params)
-    lowered = opt.plateau_update(opt.plateau_update(state, 1.0), 1.0)
-    # Through a file and back: nothing but arrays.
-    leaves, treedef = jax.tree.flatten(lowered)
-    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
-    restored = jax.tree.unflatten(treedef, [jnp.asarray(np.asarray(leaf)) for leaf in leaves])
-    after, restored = optimizer.update(grad, restored, params)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), after, scaled(before))
-    third = opt.plateau_update(restored, 1.0)
-    assert float(opt.plateau_scale(third)) == pytest.approx(0.01)
-
-
-def scaled(tree):
-    return jax.tree.map(lambda leaf: 0.1 * leaf, tree)
-
-
-def test_plateau_state_may_be_donated():
-    params = jax.tree.map(jnp.asarray, some_params())
-    optimizer = create(params, {"momentum": 0.9}, {"name": "plateau", "mode": "max"})
-    step = jax.jit(lambda g, s, p: optimizer.update(g, s, p)[1], donate_argnums=1)
-    state = optimizer.init(params)
-    for _ in range(2):
-        state = opt.plateau_update(step(params, state, params), 0.5)
-    assert float(opt.plateau_scale(state)) == 1
-
-
-def test_without_a_plateau():
-    state = create(some_params()).init(some_params())
-    assert float(opt.plateau_scale(state)) == 1
-    with pytest.raises(ValueError, match="holds no plateau"):
-        opt.plateau_update(state, 1.0)
 
 
 # Optimisers against NumPy, in float64.
@@ -291,7 +119,7 @@ def test_equals_numpy_in_float64(case, weight_decay):
 def test_the_schedule_sets_the_size_of_each_step():
     params = some_params()
     settings = config({"learning_rate": 0.5}, {"name": "cosine", "warmup_steps": 2})
-    schedule: Any = opt.create_schedule(settings, total_steps=6, steps_per_epoch=1)
+    schedule: Any = sched.create_schedule(settings, total_steps=6, steps_per_epoch=1)
     grads = [jax.tree.map(np.ones_like, params)] * 6
     seen, _ = run(opt.create_optimizer(settings, params, schedule=schedule), params, grads)
     kernels = [params["head"]["kernel"], *(p["head"]["kernel"] for p in seen)]
@@ -444,30 +272,43 @@ def test_multipliers_that_miss(pairs, messages):
         assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
-        ({"name": "cosine", "warmup": 5}, "'warmup'; did you mean 'warmup_steps'"),
-        ({"name": "cosine", "warmup_steps": 5, "warmup_epochs": 1}, "expected one of the two"),
-        ({"name": "cosine", "warmup_epochs": 10}, "warm-up takes 100 of 100 steps"),
-        ({"name": "one_cycle", "warmup_steps": 5}, "unknown key for schedule 'one_cycle'"),
-        ({"name": "one_cycle", "pct_start": 1.0}, "pct_start is 1.0"),
-        ({"name": "step"}, "expected one of decay_steps"),
-        ({"name": "step", "decay_steps": 3, "boundary_steps": (4,)}, "expected one of decay_"),
-        ({"name": "step", "decay_steps": 0}, "decay_steps is 0"),
-        ({"name": "step", "boundary_steps": (3, 3)}, "expected different steps"),
-        ({"name": "plateau"}, "schedule.mode is None; the plateau schedule expects 'min'"),
-        ({"name": "plateau", "mode": "min", "factor": 1.0}, "schedule.factor is 1.0"),
-        ({"name": "plateau", "mode": "min", "patience": -1}, "patience is -1"),
-    ],
-)
-def test_bad_schedule(settings, message):
-    with pytest.raises(ValueError) as error:
-        create(some_params(), schedule=settings)
-    assert message in str(error.value)
+# The plateau schedule, whose state is a part of the optimiser's.
 
 
-def test_none_counts_as_absent():
-    both = {"name": "cosine", "warmup_steps": None, "warmup_epochs": 2, "factor": None}
-    assert float(schedule_of(**both)(10)) == pytest.approx(0.05)
+def test_plateau_scales_the_update_and_survives_as_arrays():
+    params = some_params()
+    grad = gradients(params, 1)[0]
+    settings = {"name": "plateau", "mode": "min", "patience": 0}
+    optimizer = create(params, {"momentum": 0.9}, settings)
+    state = optimizer.init(params)
+    before, _ = optimizer.update(grad, state, params)
+    lowered = sched.plateau_update(sched.plateau_update(state, 1.0), 1.0)
+    # Through a file and back: nothing but arrays.
+    leaves, treedef = jax.tree.flatten(lowered)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    restored = jax.tree.unflatten(treedef, [jnp.asarray(np.asarray(leaf)) for leaf in leaves])
+    after, restored = optimizer.update(grad, restored, params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), after, scaled(before))
+    third = sched.plateau_update(restored, 1.0)
+    assert float(sched.plateau_scale(third)) == pytest.approx(0.01)
+
+
+def scaled(tree):
+    return jax.tree.map(lambda leaf: 0.1 * leaf, tree)
+
+
+def test_plateau_state_may_be_donated():
+    params = jax.tree.map(jnp.asarray, some_params())
+    optimizer = create(params, {"momentum": 0.9}, {"name": "plateau", "mode": "max"})
+    step = jax.jit(lambda g, s, p: optimizer.update(g, s, p)[1], donate_argnums=1)
+    state = optimizer.init(params)
+    for _ in range(2):
+        state = sched.plateau_update(step(params, state, params), 0.5)
+    assert float(sched.plateau_scale(state)) == 1
+
+
+def test_without_a_plateau():
+    state = create(some_params()).init(some_params())
+    assert float(sched.plateau_scale(state)) == 1
+    with pytest.raises(ValueError, match="holds no plateau"):
+        sched.plateau_update(state, 1.0)

@@ -1,22 +1,24 @@
-"""`fine_shapes`: an embedded fine-grained data set with exact annotation, built offline in seconds.
+"""`fine_shapes`: an embedded fine-grained data set with exact annotation, built offline.
 
-Every image shows a textured object on clutter, half of them with one or two smaller objects of other
-classes. The class is shape family x mark (4 x 4): the mark is some 10 pixels wide, lies off the centre
-and has a colour of its own, so a classifier has to find it, and the annotation says whether it did.
+Every image shows a textured object on clutter, half of them with one or two smaller objects of
+other classes. The class is shape family x mark (4 x 4). The mark is some 10 pixels wide, lies off
+the centre, and has a colour that tells nothing, so a classifier has to find it; the annotation
+says whether it did.
 
     builder = tfds.builder("fine_shapes/tiny", data_dir=...)     # after importing this module
     builder.download_and_prepare()
     source = builder.as_data_source(split="test")
     things = annotations(source[0])
 
-The masks of one example share three small images: `object_ids` (0 the background, i + 1 object i, as
-visible), `part_ids` (the same for the marks) and `attribute_bits` (bit a: this pixel decides attribute a
-of the object visible here). To read images and labels at speed, decode nothing else; TFDS's own
-`PartialDecoding` needs TensorFlow, a smaller FeaturesDict does not:
+The masks of one example share three small images: `object_ids` (0 the background, i + 1 object i,
+as visible), `part_ids` (the same for the marks) and `attribute_bits` (bit a: this pixel decides
+attribute a of the object visible here). To read images and labels at speed, decode nothing else;
+TFDS's own `PartialDecoding` needs TensorFlow, a smaller FeaturesDict does not:
 
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     records = builder.as_data_source(split="train", deserialize_method=raw)
-    wanted = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
+    features = builder.info.features
+    wanted = tfds.features.FeaturesDict({key: features[key] for key in ("image", "label")})
     example = wanted.deserialize_example_np(records[0])
 """
 
@@ -25,6 +27,7 @@ import io
 import sys
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -51,8 +54,8 @@ class FineShapesConfig(tfds.core.BuilderConfig):
         train: Number of training images.
         validation: Number of validation images.
         test: Number of test images.
-        seed: Example i of a split depends on (seed, split, i) alone, so a smaller variant with the same
-            seed and image size holds the first images of a larger one.
+        seed: Example i of a split depends on (seed, split, i) alone, so a smaller variant with
+            the same seed and image size holds the first images of a larger one.
         distractor_share: Share of images, 0 to 1, with smaller objects of other classes.
     """
 
@@ -76,7 +79,7 @@ class FineShapesConfig(tfds.core.BuilderConfig):
             )
         if not 0 <= self.distractor_share <= 1:
             raise ValueError(
-                f"distractor_share={self.distractor_share} is not a share: give 0 to 1, such as 0.5."
+                f"distractor_share={self.distractor_share}: expected a share from 0 to 1. Try 0.5."
             )
 
 
@@ -99,9 +102,28 @@ class FineShapes(tfds.core.GeneratorBasedBuilder):
     def __init__(self, *, file_format: str | None = "array_record", **kwargs):
         # TFDS's own default, tfrecord, can neither be written nor read without TensorFlow.
         super().__init__(file_format=file_format, **kwargs)
+        wanted, found = self._settings(), dict(self.info.metadata or {})
+        if found != wanted:
+            raise ValueError(
+                f"fine_shapes/{wanted['name']} in {self.data_dir} was built from other settings: "
+                f"found {found}, expected {wanted}. Give the configuration another name, or delete "
+                "that folder."
+            )
+
+    def _settings(self) -> dict:
+        """What decides the images, kept with them: TFDS knows a configuration by its name alone."""
+        fields = (field.name for field in dataclasses.fields(FineShapesConfig))
+        skip = [field.name for field in dataclasses.fields(tfds.core.BuilderConfig)]
+        config = self._config
+        return {"name": config.name} | {f: getattr(config, f) for f in fields if f not in skip}
+
+    @property
+    def _config(self) -> FineShapesConfig:
+        assert isinstance(self.builder_config, FineShapesConfig)
+        return self.builder_config
 
     def _info(self) -> tfds.core.DatasetInfo:
-        size = self.builder_config.image_size
+        size = self._config.image_size
         mask = tfds.features.Image(shape=(size, size, 1), encoding_format="png")
         bits = tfds.features.Image(shape=(size, size, 1), dtype=np.uint16, encoding_format="png")
         label = tfds.features.ClassLabel(names=CLASS_NAMES)
@@ -131,6 +153,7 @@ class FineShapes(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=("image", "label"),
+            metadata=tfds.core.MetadataDict(self._settings()),
             disable_shuffling=True,  # the order is random in class already, and quicker to write
         )
 
@@ -139,8 +162,8 @@ class FineShapes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ("train", "validation", "test")}
 
     def _generate_examples(self, split) -> Iterator[tuple[int, dict]]:
-        for i in range(getattr(self.builder_config, split)):
-            yield i, _example(self.builder_config, split, i)
+        for i in range(getattr(self._config, split)):
+            yield i, _example(self._config, split, i)
 
     def download_and_prepare(self, **kwargs) -> None:
         """Builds the set if it is not there; see TFDS for the arguments."""
@@ -149,7 +172,7 @@ class FineShapes(tfds.core.GeneratorBasedBuilder):
         super().download_and_prepare(**kwargs)
 
 
-def annotations(example: dict) -> dict[str, np.ndarray | list[str]]:
+def annotations(example: dict) -> dict[str, Any]:
     """The annotation of every object of one example, the labelled (largest) one first.
 
     Args:
@@ -159,8 +182,8 @@ def annotations(example: dict) -> dict[str, np.ndarray | list[str]]:
     Returns:
         boxes and part_boxes int32 [n, 4], half-open [y0, x0, y1, x1] in pixels; labels, families,
         marks, textures and colors int64 [n]; attributes bool [n, a] in the order of `ATTRIBUTES`;
-        object_masks and part_masks bool [n, h, w]; attribute_masks bool [n, a, h, w], the pixels that
-        decide each attribute, whether it is true or false; phrases, a list of n strings.
+        object_masks and part_masks bool [n, h, w]; attribute_masks bool [n, a, h, w], the pixels
+        that decide each attribute, whether it is true or false; phrases, a list of n strings.
     """
     things = example["objects"]
     numbers = np.arange(1, len(things["label"]) + 1)[:, None, None]

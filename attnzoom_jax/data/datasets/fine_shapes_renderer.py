@@ -1,7 +1,7 @@
 """Draws the scenes of `fine_shapes`: textured objects on clutter, each with one small mark.
 
-A scene is a list of `Thing`s (everything that is random about an object) and one background seed, so
-that a scene can be drawn twice with one property changed: the tests prove the annotation that way.
+A scene is a list of `Thing`s (everything that is random about an object) and one background seed,
+so that it can be drawn again with one property changed: the tests prove the annotation that way.
 
     coverage  = area-averaged polygon at SUPERSAMPLE x resolution           [h, w] in [0, 1]
     mask      = coverage >= 1/2, less what a thing in front hides
@@ -9,7 +9,7 @@ that a scene can be drawn twice with one property changed: the tests prove the a
     rim       = pixels of the mask within `RIM` of its contour
     surface   = the mask without rim and part
 
-All lengths are in pixels of a 64 x 64 image and scale with the image; coordinates are (y, x) pixel centres.
+Lengths are meant for 64 x 64 pixels and scale with the image; points are (y, x), pixel centres.
 """
 
 import dataclasses
@@ -156,7 +156,9 @@ def sample_scene(
     Returns:
         The scene, with 1 to 3 things.
     """
-    first = _sample_thing(rng, label, _px(rng.uniform(16.0, 19.0), size), np.ones((size, size)))
+    anywhere = np.ones((size, size), bool)
+    first = _sample_thing(rng, label, _px(rng.uniform(16.0, 19.0), size), anywhere)
+    assert first is not None  # there is nothing in its way
     things, order = [first], [0]
     if rng.random() < distractor_share:
         wanted = int(rng.integers(1, MAX_DISTRACTORS + 1))
@@ -178,7 +180,7 @@ def sample_scene(
 
 
 def _is_legible(things: list[Thing], order: list[int], size: int) -> bool:
-    """Whether all marks and most of each thing can be seen, and the first is clearly the largest."""
+    """Whether every mark and most of each thing shows, and the first is clearly the largest."""
     masks = [_body(thing, size) >= 0.5 for thing in things]
     ids = np.full((size, size), -1)
     for i in order:
@@ -250,7 +252,7 @@ def _paint(image: np.ndarray, thing: Thing, body: np.ndarray, size: int) -> None
     """Composites a thing into image [h, w, 3], in place; body is its coverage [h, w]."""
     left, top, width, height = cv2.boundingRect((body > 0).view(np.uint8))
     box = np.s_[top : top + height, left : left + width]
-    y, x = (axis[box] - origin for axis, origin in zip(_grid(size), thing.center))
+    y, x = (axis[box] - origin for axis, origin in zip(_grid(size), thing.center, strict=True))
     light = 1 + (0.08 / thing.radius) * (y + x)  # [h', w'], the box alone
     cos, sin = math.cos(thing.texture_angle), math.sin(thing.texture_angle)
     frequency, phase = 2 * math.pi / thing.texture_period, thing.texture_phase
@@ -279,7 +281,8 @@ def _background(seed: int, size: int) -> np.ndarray:
     points = rng.uniform(0, size, (count, 1, 2)) + rng.normal(0, _px(6, size), (count, 4, 2))
     colors = rng.uniform(0.1, 0.85, (count, 1)) + rng.uniform(-0.12, 0.12, (count, 3))
     strokes = rng.integers(0, 3, count)
-    for corners, color, stroke in zip(np.round(points * 16).astype(np.int32), colors, strokes):
+    fixed = np.round(points * 16).astype(np.int32)
+    for corners, color, stroke in zip(fixed, colors, strokes, strict=True):
         if stroke == 0:
             cv2.fillPoly(image, [corners[:3]], color.tolist(), shift=4)
         else:
@@ -334,7 +337,7 @@ def _mark_contours(thing: Thing) -> list[np.ndarray]:
         shapes = [_circle(24), _circle(24) * (1 - 2 * s)]
     elif thing.mark == "bars":
         bar = np.array([(-s, -0.85), (s, -0.85), (s, 0.85), (-s, 0.85)])
-        shapes = [bar + (dy, 0) for dy in (-0.55, 0.55)]
+        shapes = [bar + np.array((dy, 0)) for dy in (-0.55, 0.55)]
     else:
         tip, end, thick = -0.75, 0.65, 2.6 * s
         shapes = [
@@ -394,7 +397,7 @@ _UNIT_INRADIUS = {
         np.min(
             [
                 abs(a[0] * b[1] - a[1] * b[0]) / np.hypot(*(b - a))
-                for a, b in zip(points, np.roll(points, -1, axis=0))
+                for a, b in zip(points, np.roll(points, -1, axis=0), strict=True)
             ]
         )
     )

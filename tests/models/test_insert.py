@@ -1,0 +1,259 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attnzoom_jax.layers import AttentionZoom
+from attnzoom_jax.models import Insert, create_model
+
+RNG = np.random.default_rng(0)
+IMAGES = jnp.asarray(RNG.normal(size=(8, 8, 8, 3)), jnp.float32)
+LABELS = jnp.arange(8) % 3
+KEY = jax.random.key(0)
+
+
+class Block(nn.Module):
+    """A stranger's block: not from this package."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
+        return nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+
+
+class Stranger(nn.Module):
+    """A CNN that knows nothing of this package: automatic names, positional `train`."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for features in (4, 6):
+            x = Block(features)(x, train)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Plain(nn.Module):
+    """A CNN whose call takes nothing but the images."""
+
+    @nn.compact
+    def __call__(self, x):
+        a, b = Twins(name="twins")(x)
+        conv = nn.Conv(3, (1, 1), name="conv")
+        return nn.Dense(3)(conv(conv(a + b)).mean((1, 2)))
+
+
+class Twins(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(3, (1, 1))(x), nn.Conv(3, (1, 1))(x)
+
+
+class Double(nn.Module):
+    """A layer without parameters whose effect is known."""
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * x
+
+
+class Mode(nn.Module):
+    """A layer that shows whether it was told `train`."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return x + (100 if train else 0)
+
+
+def paths(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_backbone_keeps_the_tree_it_has_alone_path_by_path():
+    alone = Stranger().init(KEY, IMAGES)
+    model = Insert(Stranger(), {"Block_0": AttentionZoom(), "Block_1": AttentionZoom()})
+    variables = model.init(KEY, IMAGES)
+    for collection in ("params", "batch_stats"):
+        assert paths(variables[collection]["backbone"]) == paths(alone[collection])
+    assert set(variables["params"]) == {"backbone", "inserted"}
+    assert set(variables["params"]["inserted"]) == {"Block_0", "Block_1"}
+
+
+def test_a_backbone_trained_alone_is_taken_over_as_it_is():
+    alone = Stranger().init(KEY, IMAGES)
+    model = Insert(Stranger(), {"Block_0": Double()})
+    variables = {collection: {"backbone": tree} for collection, tree in alone.items()}
+    # Doubling after the first block is doubling the second block's kernel.
+    doubled = jax.tree.map(lambda x: x, alone)
+    doubled["params"]["Block_1"]["Conv_0"]["kernel"] *= 2
+    np.testing.assert_allclose(
+        model.apply(variables, IMAGES), Stranger().apply(doubled, IMAGES), atol=1e-6
+    )
+
+
+def test_an_inserted_layer_trains_together_with_a_stranger():
+    model = Insert(Stranger(), {"Block_0": AttentionZoom()})
+    variables = model.init(KEY, IMAGES)
+    optimizer = optax.adam(1e-2)
+
+    def loss_fn(params, batch_stats):
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            IMAGES,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+        return loss, updates["batch_stats"]
+
+    @jax.jit
+    def step(params, batch_stats, opt_state):
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), batch_stats, opt_state, loss
+
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    opt_state = optimizer.init(params)
+    losses = []
+    for _ in range(60):
+        params, batch_stats, opt_state, loss = step(params, batch_stats, opt_state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()),
+        params["inserted"],
+        variables["params"]["inserted"],
+    )
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_layers_stand_at_inputs_tuple_leaves_and_repeated_calls():
+    variables = Plain().init(KEY, IMAGES)
+    variables = {"params": {"backbone": variables["params"]}}
+
+    def output(layers):
+        return Insert(Plain(), layers).apply(variables, IMAGES)
+
+    params = variables["params"]["backbone"]
+    a, b = Twins().apply({"params": params["twins"]}, IMAGES)
+
+    def rest(x):
+        for _ in range(2):
+            x = x @ params["conv"]["kernel"][0, 0] + params["conv"]["bias"]
+        return x.mean((1, 2)) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+
+    np.testing.assert_allclose(output({}), rest(a + b), atol=1e-5)
+    np.testing.assert_allclose(output({"twins/0": Double()}), rest(2 * a + b), atol=1e-5)
+    np.testing.assert_allclose(output({"twins/1": Double()}), rest(a + 2 * b), atol=1e-5)
+    head = params["Dense_0"]
+    twice = 2 * (output({}) - head["bias"]) + head["bias"]
+    np.testing.assert_allclose(output({"conv#1": Double()}), twice, atol=1e-5)
+    at_input = Plain().apply({"params": params}, 2 * IMAGES)
+    np.testing.assert_allclose(output({"input": Double()}), at_input, atol=1e-5)
+
+
+def test_train_reaches_layers_and_backbones_that_accept_it():
+    model = Insert(Plain(), {"input": Mode()})
+    variables = model.init(KEY, IMAGES)
+    shifted = model.apply(variables, IMAGES + 100)
+    np.testing.assert_allclose(model.apply(variables, IMAGES, train=True), shifted, rtol=1e-4)
+    np.testing.assert_allclose(
+        model.apply(variables, IMAGES, train=False), model.apply(variables, IMAGES), rtol=1e-6
+    )
+    stranger = Insert(Stranger(), {"Block_0": Double()})
+    variables = stranger.init(KEY, IMAGES, train=False)
+    _, updates = stranger.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    assert paths(updates["batch_stats"]) == paths(variables["batch_stats"])
+
+
+def test_insert_may_be_inserted_into():
+    inner = Insert(Stranger(), {"Block_0": Double()})
+    outer = Insert(inner, {"backbone/Block_0": Double()})
+    variables = Stranger().init(KEY, IMAGES)
+    nested = {c: {"backbone": {"backbone": tree}} for c, tree in variables.items()}
+    both = {c: {"backbone": tree} for c, tree in variables.items()}
+
+    class Quadruple(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return 4 * x
+
+    np.testing.assert_allclose(
+        outer.apply(nested, IMAGES),
+        Insert(Stranger(), {"Block_0": Quadruple()}).apply(both, IMAGES),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("Block_2", "unknown path for Insert 'Block_2'; did you mean 'Block_"),
+        ("Conv_0", "did you mean 'Block_./Conv_0' or 'Block_./Conv_0'"),
+        ("nonsense", "there is: input, Block_0/Conv_0"),
+    ],
+)
+def test_unknown_path_names_the_nearest(path, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: Insert(Stranger(), {path: Double()}).init(KEY, IMAGES))
+
+
+class Transformed(nn.Module):
+    transform: str
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        lift = {"jit": nn.jit, "remat": nn.remat, "scan": None}[self.transform]
+        if lift is None:
+            scan = nn.scan(Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            x, _ = scan(name="block")(x, None)
+        else:
+            x = lift(Block, static_argnums=(2,))(3, name="block")(x, train)
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Conv(3, (1, 1), name="conv")(x), None
+
+
+@pytest.mark.parametrize("transform", ["jit", "remat", "scan"])
+def test_inside_a_lifted_transformation_it_raises_and_outside_it_works(transform):
+    inside = "block/conv" if transform == "scan" else "block/Conv_0"
+    for _ in range(2):  # the second time nn.jit has its trace in the cache
+        with pytest.raises(ValueError, match=r"lifted transformation|unknown path"):
+            Insert(Transformed(transform), {inside: Double()}).init(KEY, IMAGES)
+    model = Insert(Transformed(transform), {"head": Double()})
+    variables = model.init(KEY, IMAGES)
+    alone = {c: tree["backbone"] for c, tree in variables.items()}
+    np.testing.assert_allclose(
+        model.apply(variables, IMAGES),
+        2 * Transformed(transform).apply(alone, IMAGES),
+        rtol=1e-5,
+    )
+
+
+def test_a_resnet_of_the_package_by_config():
+    model = create_model(
+        "resnet18",
+        num_classes=4,
+        stem="cifar",
+        width=4,
+        insert={"stage1": {"name": "attention_zoom", "threshold": 0.6}},
+    )
+    shapes = jax.eval_shape(lambda: model.init(KEY, jnp.zeros((1, 16, 16, 3))))
+    assert shapes["params"]["inserted"]["stage1"]["zoom"]["kernel"].shape == (3, 3, 1, 4)
+    with pytest.raises(ValueError, match="did you mean 'attention_zoom'"):
+        create_model("resnet18", num_classes=4, insert={"stage1": {"name": "attention_zom"}})
+    with pytest.raises(ValueError, match="did you mean 'threshold'"):
+        create_model(
+            "resnet18",
+            num_classes=4,
+            insert={"stage1": {"name": "attention_zoom", "treshold": 1}},
+        )
