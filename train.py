@@ -3,6 +3,7 @@
 The run resumes by itself when its workdir holds a checkpoint. `train` reads from top to bottom.
 """
 
+import datetime
 import math
 import time
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def train(
         ValueError: what a person can mend, in one message.
         FloatingPointError: the loss became NaN or infinite; the last good checkpoint is named.
     """
-    started = time.time()
+    started = time.monotonic()
     folder = Workdir(workdir)
     mesh = sharding.create_mesh(devices)
 
@@ -91,79 +92,104 @@ def train(
         state = checkpoints.restore(step, like=state, mesh=mesh)
         print(f"resuming {workdir} from step {step}", flush=True)
     last = min(experiment.total_steps, stop_at or experiment.total_steps)
-    writer = MetricWriter(folder.path, start_step=step)
     best = _BestSoFar(config, folder)
+    if step >= last or best.stop_early:
+        print(f"nothing to do: {workdir} is trained to step {step}", flush=True)
+        checkpoints.close()
+        return state
+    info = {**provenance(), "seed": config.seed, "start": _now(), "start_step": step}
+    folder.write("run.json", {**info, "duration_s": None})
+    writer = MetricWriter(folder.path, start_step=step)
 
-    # The loop. `advance` does as many steps as it can up to `until`; metrics are sums on the
-    # device, fetched for a log line one call after they were asked for, so the device never waits.
-    advance = (
-        _on_device(config, experiment, mesh, step)
-        if config.data.cache == "device"
-        else (_from_host(config, experiment, mesh, step))
-    )
+    # The loop. `advance` does as many steps as it can up to the next boundary.
+    on_device = config.data.cache == "device"
+    advance = (_on_device if on_device else _from_host)(config, experiment, mesh, step)
     progress = Progress(
         start_step=step, total_steps=experiment.total_steps, batch_size=config.data.batch_size
     )
-    sums = zero_metrics()
-    is_first = True
+    log = _Log(writer, progress, checkpoints)
     while step < last and not best.stop_early:
         log_at = _next_multiple(step, config.log_every_steps)
-        eval_at = _next_multiple(step, experiment.eval_every)
-        state, metrics, done = advance(state, min(log_at, eval_at, last) - step)
+        eval_at = min(_next_multiple(step, experiment.eval_every), last)
+        state, metrics, done = advance(state, min(log_at, eval_at) - step)
         step += done
-        sums = add_metrics(sums, metrics)
-        if is_first:
-            jax.block_until_ready(sums)  # compilation is no part of the throughput
-            progress.skip(step)
-            is_first = False
-        progress.show(step)
-        if step == log_at or step == last:
-            logged = jax.device_get(sums)
-            _stop_if_not_finite(logged, checkpoints)
-            sums = zero_metrics()
-            speed = progress.measure(step)
-            learning_rate = float(experiment.schedule(step - 1) * plateau_scale(state.opt_state))
-            values = {
-                f"train/{name}": float(logged[name]) / int(logged["steps"])
-                for name in ("loss", "top1", "grad_norm")
-            }
-            line = f"loss {values['train/loss']:.4f}  top-1 {values['train/top1']:.3f}"
-            values["learning_rate"] = learning_rate
-            if speed:
-                values["images_per_second"] = speed[0]
-                line += f"  {speed[0]:.0f} images/s  ETA {format_duration(speed[1])}"
-            writer.write(step, values)
-            progress.say(f"step {step}/{experiment.total_steps}  {line}")
-        if step == eval_at or step == last:
-            _stop_if_not_finite(jax.device_get(sums), checkpoints)
+        log.add(step, metrics)
+        if step in (log_at, eval_at):
+            learning_rate = experiment.schedule(step - 1) * plateau_scale(state.opt_state)
+            log.cut(step, learning_rate)
+        if step == eval_at:
+            log.flush()
             results: dict[str, float] = {}
             for evaluator in evaluators:
                 results.update(evaluator.run(state.variables()))
             if config.schedule.name == "plateau":
-                state = state.replace(
-                    opt_state=plateau_update(state.opt_state, results[config.schedule.metric])
-                )
+                watched = results[config.schedule.metric]
+                state = state.replace(opt_state=plateau_update(state.opt_state, watched))
             writer.write(step, results)
-            progress.say(
-                f"step {step}/{experiment.total_steps}  "
-                + "  ".join(f"{name} {value:.4g}" for name, value in results.items())
-            )
+            progress.say(step, "  ".join(f"{name} {value:.4g}" for name, value in results.items()))
             best.update(results)
             checkpoints.save(step, state, results)
             progress.skip(step)
 
     # The end: everything on disk before the run is called done.
-    checkpoints.wait()
+    checkpoints.close()
     writer.close()
     progress.close()
     if best.stop_early:
         print(f"stopped early: {config.best_metric} did not improve for {best.since} evaluations")
-    duration = time.time() - started
-    info = {"seed": config.seed, "steps": step, "duration_s": round(duration, 1)}
-    folder.write("run.json", {**provenance(), "start": started, **info})
-    checkpoints.close()
+    duration = time.monotonic() - started
+    folder.write("run.json", {**info, "steps": step, "duration_s": round(duration, 1)})
     print(f"done: {step} steps in {format_duration(duration)}; results in {workdir}", flush=True)
     return state
+
+
+class _Log:
+    """Training metrics, summed on the device between two lines.
+
+    A line is fetched and written one call of the program after it ended, while the device already
+    works on the next, so that logging never makes it wait.
+    """
+
+    def __init__(self, writer: MetricWriter, progress: Progress, checkpoints: Checkpoints) -> None:
+        self.writer, self.progress, self.checkpoints = writer, progress, checkpoints
+        self.sums = zero_metrics()
+        self.pending: tuple[int, Any, Any] | None = None
+        self.is_first = True
+
+    def add(self, step: int, metrics: Any) -> None:
+        """Count the metrics of the steps up to `step`."""
+        if self.is_first:
+            jax.block_until_ready(metrics)  # compilation is no part of the throughput
+            self.progress.skip(step)
+            self.is_first = False
+        self.sums = add_metrics(self.sums, metrics)
+        self.flush()
+        self.progress.show(step)
+
+    def cut(self, step: int, learning_rate: Any) -> None:
+        """End the line at `step`."""
+        self.pending = (step, self.sums, learning_rate)
+        self.sums = zero_metrics()
+
+    def flush(self) -> None:
+        """Write the line that ended last, if it is not written yet."""
+        if self.pending is None:
+            return
+        step, sums, learning_rate = self.pending
+        self.pending = None
+        sums = jax.device_get(sums)
+        _stop_if_not_finite(sums, self.checkpoints)
+        count = int(sums["steps"])
+        values = {f"train/{name}": float(sums[name]) / count for name in ("loss", "top1")}
+        line = f"loss {values['train/loss']:.4f}  top-1 {values['train/top1']:.3f}"
+        values["train/grad_norm"] = float(sums["grad_norm"]) / count
+        values["learning_rate"] = float(learning_rate)
+        speed = self.progress.measure(step)
+        if speed:
+            values["images_per_second"] = speed[0]
+            line += f"  {speed[0]:.0f} images/s  ETA {format_duration(speed[1])}"
+        self.writer.write(step, values)
+        self.progress.say(step, line)
 
 
 def _from_host(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any:
@@ -228,6 +254,10 @@ def _train_step(experiment: Experiment) -> Any:
 
 def _next_multiple(step: int, every: int) -> int:
     return (step // every + 1) * every
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _stop_if_not_finite(metrics: Any, checkpoints: Checkpoints) -> None:

@@ -1,6 +1,14 @@
-"""The demonstration: a small residual net with AttentionZoom on the embedded data set.
+"""The demonstration: a small residual net with AttentionZoom learns where to look.
 
-python train.py --config=configs/demo.py --workdir=runs/demo
+    python train.py --config=configs/demo.py --workdir=runs/demo
+    python eval.py --workdir=runs/demo
+    python explain.py --workdir=runs/demo
+
+The data set fine_shapes has 16 classes, shape family x small mark: the mark decides, and the family
+alone gives a quarter. The layer stands on a map of 16 x 16, where the zoom costs little.
+
+Hardware and time: two CPU cores, about two minutes. Expected: test top-1 of at least 0.80.
+`:tiny` runs in seconds.
 """
 
 import ml_collections
@@ -10,20 +18,19 @@ from configs import default
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config = default.get_config()
-    config.data.update({"name": "fine_shapes", "batch_size": 64})
-    config.augment.update({"flip": True, "crop_padding": 4})
+    config.total_steps = 1000
+    config.data.update({"name": "fine_shapes", "batch_size": 32})
+    config.augment.flip = True
     config.model = {
         "name": "resnet18",
         "stem": "small",
         "width": 16,
-        "stage_sizes": (2, 2, 2),
-        "insert": {
-            "stage2": {"name": "attention_zoom", "threshold": 0.5, "zoom_init": "lecun_normal"}
-        },
+        "stage_sizes": (1, 1, 1, 1),
+        "insert": {"stage2": {"name": "attention_zoom", "threshold": 0.5, "zoom_init": "bilinear"}},
     }
     config.optimizer = {"name": "adam", "learning_rate": 3e-3}
     config.schedule = {"name": "one_cycle"}
-    config.total_steps = 400
-    config.eval_every_steps, config.eval_every_epochs = 200, 0.0
+    config.log_every_steps = 100
+    config.eval_every_steps, config.eval_every_epochs = 500, 0.0
     config.evals.localization = {"name": "localize", "split": "test", "tap": ""}
     return default.in_mode(config, mode)

@@ -245,11 +245,9 @@ def _has_tap(jaxpr: Any) -> bool:
 def _unroll(equation: Any) -> Any:
     """A scan as a jaxpr without the loop; the taps of iteration t are named `name#t`."""
     params = equation.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
 
     def unrolled(*args: Any) -> list[Any]:
-        consts, carry = args[:num_consts], list(args[num_consts : num_consts + num_carry])
-        sequences = args[num_consts + num_carry :]
+        consts, carry, sequences = _scan_arguments(params, args)
         body = trace(core.jaxpr_as_fun(_close(params["jaxpr"])), *_body_avals(equation))
         times = range(params["length"])
         results: dict[int, list[Any]] = {}
@@ -257,11 +255,20 @@ def _unroll(equation: Any) -> Any:
             inputs = (*consts, *carry, *(sequence[t] for sequence in sequences))
             marked = dataclasses.replace(body, steps=tuple(_mark(step, t) for step in body.steps))
             outputs, _ = marked.run(*inputs)
-            carry, results[t] = list(outputs[:num_carry]), outputs[num_carry:]
+            carry, results[t] = outputs[: len(carry)], outputs[len(carry) :]
         stacked = [jnp.stack([results[t][i] for t in times]) for i in range(len(results[0]))]
         return carry + stacked
 
     return jax.make_jaxpr(unrolled)(*(_shape(atom.aval) for atom in equation.invars))
+
+
+def _scan_arguments(params: Any, args: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The arguments of a scan as constants, initial carry and sequences."""
+    if "ft_in" in params:  # from JAX 0.12 on
+        consts, carry, sequences = params["ft_in"].update(args).unpack()
+        return list(consts), list(carry), list(sequences)
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return list(args[:first]), list(args[first:last]), list(args[last:])
 
 
 def _body_avals(equation: Any) -> list[jax.ShapeDtypeStruct]:

@@ -4,12 +4,18 @@ Batches are gathered inside the jitted program by the indices of `pipeline.examp
 that the host path follows: both paths see the same batches.
 """
 
+import itertools
 from collections.abc import Iterator
 
-import grain
 import numpy as np
 
-from attnzoom_jax.data.pipeline import Batch, Resize, eval_batches, example_order
+from attnzoom_jax.data.pipeline import (
+    Batch,
+    Resize,
+    check_train_batch,
+    eval_batches,
+    example_order,
+)
 from attnzoom_jax.data.source import Source
 
 
@@ -17,19 +23,28 @@ def load_split(source: Source, *, resize: Resize | None = None, num_threads: int
     """Read a whole split into memory.
 
     Args:
-      source: the split.
-      resize: how images become one size; None leaves them.
-      num_threads: reading threads.
+        source: the split.
+        resize: how images become one size; None leaves them.
+        num_threads: reading threads.
 
     Returns:
-      {field: array [number of examples, ...]} in the stored order.
+        {field: array [number of examples, ...]} in the stored order.
+
+    Raises:
+        ValueError: images of several sizes and no resize, or an unreadable example.
     """
-    batches = list(eval_batches(source, batch_size=512, resize=resize, num_threads=num_threads))
-    return {
-        name: np.concatenate([batch[name] for batch in batches])[: len(source)]
-        for name in batches[0]
-        if name != "mask"
-    }
+    size = min(256, len(source))
+    batches = eval_batches(source, batch_size=size, resize=resize, num_threads=num_threads)
+    split: Batch = {}
+    for start, batch in zip(range(0, len(source), size), batches, strict=True):
+        del batch["mask"]
+        if not split:
+            # Filled in place: kept until the end, the batches of a large set would double it.
+            shapes = {name: (len(source), *column.shape[1:]) for name, column in batch.items()}
+            split = {name: np.empty(shapes[name], batch[name].dtype) for name in batch}
+        for name, column in batch.items():
+            split[name][start : start + size] = column[: len(source) - start]
+    return split
 
 
 def index_batches(
@@ -38,14 +53,21 @@ def index_batches(
     """The indices of the global training batches from `start_step` on, without end.
 
     Args:
-      num_examples: of the split.
-      batch_size: examples of a global batch.
-      seed: of the order.
-      start_step: number of global batches that were already used.
+        num_examples: of the split.
+        batch_size: examples of a global batch, at most num_examples.
+        seed: of the order, 0 or more.
+        start_step: number of global batches that were already used.
 
     Returns:
-      Iterator of int32 [batch_size].
+        Iterator of int32 [batch_size].
+
+    Raises:
+        ValueError: batch_size larger than the split, or negative seed.
     """
-    batches = example_order(num_examples, seed)[start_step * batch_size :].batch(batch_size)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
-    return (np.asarray(batch, np.int32) for batch in batches.to_iter_dataset(options))
+    check_train_batch(num_examples, batch_size=batch_size, seed=seed, name="the split")
+    return (
+        example_order(
+            step * batch_size + np.arange(batch_size), num_examples=num_examples, seed=seed
+        )
+        for step in itertools.count(start_step)
+    )

@@ -1,12 +1,15 @@
 """Batches on the host: the global batch is a pure function of (seed, step).
 
-Grain shuffles each epoch by the seed; process r of P takes the examples r, r + P, r + 2P, ... of
-that one order, so any number of processes sees the same global batches, and a run resumes from its
-step alone. Images stay uint8: augmentation and normalisation run on the device (augment.py).
+One order of the examples, a new permutation for each epoch, is cut into global batches; process r
+of P holds the r-th of P equal parts of each. So the parts of all processes, one after the other,
+are the batch that one process alone would see, and a run resumes from its step alone. Grain reads
+ahead in threads. Images stay uint8: augmentation and normalisation run on the device (augment.py).
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import cv2
@@ -25,9 +28,9 @@ class Resize:
     """How images become one size on the host.
 
     Attributes:
-      mode: "none"; "squash" to [size, size] whatever the aspect; "crop": the shorter side to
-        `size`, then the central square.
-      size: in pixels.
+        mode: "none"; "squash" to [size, size] whatever the aspect; "crop": the shorter side to
+            `size`, then the central square.
+        size: in pixels.
     """
 
     mode: str = "none"
@@ -40,25 +43,65 @@ class Resize:
             raise ValueError(f"resize mode {self.mode!r} needs a size in pixels, not {self.size}")
 
     def __call__(self, image: np.ndarray, *, is_mask: bool = False) -> np.ndarray:
-        """Resize one image or mask [h, w, c] (masks by nearest neighbour)."""
+        """Resize one image or mask.
+
+        Args:
+            image: uint8 [h, w, c], or for masks also uint16.
+            is_mask: take the nearest pixel, so that no new values arise. Else: pixel areas along an
+                axis that shrinks, linear interpolation along one that grows.
+
+        Returns:
+            [size, size, c], the dtype of image; in mode "none" the image itself.
+        """
         if self.mode == "none":
             return image
-        h, w = image.shape[:2]
-        scale = self.size / min(h, w)
-        size = (self.size, self.size)
+        h, w, c = image.shape
+        rows = columns = self.size
         if self.mode == "crop":
-            size = (max(self.size, round(w * scale)), max(self.size, round(h * scale)))
-        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        resized = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST if is_mask else method)
-        top, left = (resized.shape[0] - self.size) // 2, (resized.shape[1] - self.size) // 2
-        return resized[top : top + self.size, left : left + self.size].reshape(
-            self.size, self.size, image.shape[2]
-        )
+            scale = self.size / min(h, w)
+            rows, columns = max(self.size, round(h * scale)), max(self.size, round(w * scale))
+        if is_mask:  # _EXACT: cv2.INTER_NEAREST itself is half a pixel off
+            image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)
+        else:
+            smaller = (min(w, columns), min(h, rows))
+            image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+            image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
+        image = image.reshape(rows, columns, c)  # OpenCV drops a single channel
+        top, left = (rows - self.size) // 2, (columns - self.size) // 2
+        return image[top : top + self.size, left : left + self.size]
 
 
-def example_order(num_examples: int, seed: int) -> grain.MapDataset:
-    """The endless order of training examples: each epoch a new permutation, by the seed."""
-    return grain.MapDataset.range(num_examples).seed(seed).shuffle().repeat()
+def example_order(positions: np.ndarray, *, num_examples: int, seed: int) -> np.ndarray:
+    """What stands at these positions of the endless order of training examples.
+
+    Args:
+        positions: int [p], from 0; epoch e is positions e * num_examples and following.
+        num_examples: of the split.
+        seed: of the order, 0 or more.
+
+    Returns:
+        Indices of examples, int32 [p]. Each epoch is another permutation.
+
+    Raises:
+        ValueError: negative seed.
+    """
+    epochs = positions // num_examples
+    indices = np.empty(len(positions), np.int32)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        permutation = _permutation(num_examples, seed, int(epoch))
+        indices[here] = permutation[positions[here] % num_examples]
+    return indices
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    if seed < 0:
+        raise ValueError(f"seed {seed} must be 0 or more")
+    # NumPy promises these raw numbers for ever, unlike the results of Generator.permutation: a run
+    # that resumes with another NumPy sees the same order.
+    numbers = np.random.PCG64([seed, epoch]).random_raw(num_examples)
+    return np.argsort(numbers, kind="stable").astype(np.int32)
 
 
 def train_batches(
@@ -72,35 +115,37 @@ def train_batches(
     process_count: int = 1,
     num_threads: int = 4,
 ) -> Iterator[Batch]:
-    """This process's slices of the training batches from `start_step` on, without end.
+    """This process's parts of the training batches from `start_step` on, without end.
+
+    A batch may reach over the end of an epoch: no example is dropped.
 
     Args:
-      source: training split.
-      batch_size: examples of a global batch; a multiple of process_count.
-      seed: of the order.
-      start_step: number of global batches that were already used.
-      resize: how images become one size; None leaves them.
-      process_index: rank of this process.
-      process_count: number of processes.
-      num_threads: reading and decoding threads.
+        source: training split.
+        batch_size: examples of a global batch; a multiple of process_count.
+        seed: of the order, 0 or more.
+        start_step: number of global batches that were already used.
+        resize: how images become one size; None leaves them.
+        process_index: rank of this process.
+        process_count: number of processes.
+        num_threads: reading and decoding threads; 0 reads when a batch is asked for.
 
     Returns:
-      Iterator of {field: array [batch_size / process_count, ...]}.
+        Iterator of {field: array [batch_size / process_count, ...]}.
 
     Raises:
-      ValueError: batch_size is not divisible by process_count, or larger than the split.
+        ValueError: batch_size is not divisible by process_count, or larger than the split; negative
+            seed; images of several sizes and no resize. While iterating: an unreadable example.
     """
-    _check_divisible(batch_size, process_count)
-    if batch_size > len(source):
-        raise ValueError(
-            f"batch_size {batch_size} exceeds the {len(source)} examples of {source.name}"
-        )
-    order = example_order(len(source), seed)[
-        start_step * batch_size + process_index :: process_count
-    ]
+    part = _part_size(batch_size, process_count)
+    check_train_batch(len(source), batch_size=batch_size, seed=seed, name=source.name)
     load = _Loader(source, resize or Resize())
-    batches = order.map(lambda index: load(int(index))).batch(batch_size // process_count)
-    return iter(batches.to_iter_dataset(_read_options(num_threads)))
+
+    def load_batch(step: int) -> Batch:
+        positions = step * batch_size + process_index * part + np.arange(part)
+        indices = example_order(positions, num_examples=len(source), seed=seed)
+        return _stack([load(int(index)) for index in indices])
+
+    return _read_ahead(load_batch, start_step, sys.maxsize, num_threads)
 
 
 def eval_batches(
@@ -112,35 +157,46 @@ def eval_batches(
     process_count: int = 1,
     num_threads: int = 4,
 ) -> Iterator[Batch]:
-    """This process's slices of the evaluation batches: every example once, the last batch padded.
+    """This process's parts of the evaluation batches: every example once, the last batch padded.
 
     Args:
-      source: evaluation split.
-      batch_size: examples of a global batch; a multiple of process_count.
-      resize: how images become one size; None leaves them.
-      process_index: rank of this process.
-      process_count: number of processes.
-      num_threads: reading and decoding threads.
+        source: evaluation split.
+        batch_size: examples of a global batch; a multiple of process_count.
+        resize: how images become one size; None leaves them.
+        process_index: rank of this process.
+        process_count: number of processes.
+        num_threads: reading and decoding threads; 0 reads when a batch is asked for.
 
     Returns:
-      Iterator of {field: array [batch_size / process_count, ...]} with the further field `mask`,
-      1.0 for a real example and 0.0 for padding.
+        Iterator of {field: array [batch_size / process_count, ...]} with the further field `mask`,
+        float32: 1 for a real example, 0 for padding, where every other field is 0 as well.
 
     Raises:
-      ValueError: batch_size is not divisible by process_count.
+        ValueError: batch_size is not divisible by process_count; images of several sizes and no
+            resize. While iterating: an unreadable example.
     """
-    _check_divisible(batch_size, process_count)
-    padded = -(-len(source) // batch_size) * batch_size
+    part = _part_size(batch_size, process_count)
     load = _Loader(source, resize or Resize())
+    num_batches = -(-len(source) // batch_size)
+    blank: dict[str, np.ndarray] = {}
+    if len(source) % batch_size:
+        blank = {name: np.zeros_like(value) for name, value in load(0).items()}
 
-    def load_or_pad(index: int) -> dict[str, np.ndarray]:
-        is_real = index < len(source)
-        example = load(int(index) if is_real else 0)
-        return {**example, "mask": np.float32(is_real)}
+    def load_batch(step: int) -> Batch:
+        start = step * batch_size + process_index * part
+        is_real = np.arange(start, start + part) < len(source)
+        examples = [load(start + i) if real else blank for i, real in enumerate(is_real)]
+        return {**_stack(examples), "mask": is_real.astype(np.float32)}
 
-    order = grain.MapDataset.range(padded)[process_index::process_count]
-    batches = order.map(load_or_pad).batch(batch_size // process_count)
-    return iter(batches.to_iter_dataset(_read_options(num_threads)))
+    return _read_ahead(load_batch, 0, num_batches, num_threads)
+
+
+def check_train_batch(num_examples: int, *, batch_size: int, seed: int, name: str) -> None:
+    """Raise a ValueError for a batch larger than the split, or a negative seed."""
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(f"batch_size {batch_size} is not in 1..{num_examples}, what {name} holds")
+    if seed < 0:
+        raise ValueError(f"seed {seed} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,22 +204,38 @@ class _Loader:
     source: Source
     resize: Resize
 
+    def __post_init__(self) -> None:
+        if self.resize.mode == "none" and None in self.source.image_shape:
+            raise ValueError(
+                f"the images of {self.source.name} differ in size; set data.resize to squash or "
+                "crop, and data.image_size"
+            )
+
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         example: Mapping[str, Any] = self.source[index]
         return {name: self._field(name, as_array(value)) for name, value in example.items()}
 
     def _field(self, name: str, value: np.ndarray) -> np.ndarray:
-        if value.ndim != 3:
-            return value
-        return self.resize(value, is_mask=name.endswith("_mask"))
+        # Beside the image, [h, w, c] is a mask, or ids that must not be mixed.
+        return self.resize(value, is_mask=name != "image") if value.ndim == 3 else value
 
 
-def _read_options(num_threads: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * max(1, num_threads))
+def _stack(examples: list[dict[str, np.ndarray]]) -> Batch:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def _check_divisible(batch_size: int, process_count: int) -> None:
+def _read_ahead(
+    load_batch: Callable[[int], Batch], start: int, stop: int, num_threads: int
+) -> Iterator[Batch]:
+    """The batches start..stop-1, in order, made in threads before they are asked for."""
+    # One batch more per thread than it works on: enough, and little memory for large images.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return iter(grain.MapDataset.range(start, stop).map(load_batch).to_iter_dataset(options))
+
+
+def _part_size(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
             f"batch_size {batch_size} must be a positive multiple of the {process_count} processes"
         )
+    return batch_size // process_count

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from attnzoom_jax.data.datasets import fine_shapes
 from attnzoom_jax.errors import unknown_name
 
+FileFormat = tfds.core.FileFormat
 EMBEDDED = {"fine_shapes": fine_shapes.FineShapes}
 
 
@@ -76,13 +77,14 @@ def open_source(
             no random access, no such split or field; the split is empty; files are damaged.
     """
     root = data_root(data_dir)
-    builder = _open_builder(name, root)
-    features: Any = builder.info.features
+    builder = open_builder(name, root)
+    all_features: Any = builder.info.features
+    features: dict[str, Any] = dict(all_features.items())
     for field in fields:
         if field not in features:
             raise unknown_name(f"field of {name}", field, features)
     image, label = features.get("image"), features.get("label")
-    if "image" in fields and (len(image.shape) != 3 or image.np_dtype != np.uint8):
+    if image is not None and (len(image.shape) != 3 or image.np_dtype != np.uint8):
         raise ValueError(f"the images of {name} are {image}; expected uint8 [h, w, c]")
     has_classes = isinstance(label, tfds.features.ClassLabel)
     if "label" in fields and not has_classes:
@@ -128,7 +130,16 @@ def _to_rgb(image: np.ndarray) -> np.ndarray:
 
 def prepare_command(name: str, root: pathlib.Path) -> str:
     """The command that prepares a data set."""
-    return f"python tools/prepare_data.py {shlex.quote(name)} --data_dir={shlex.quote(str(root))}"
+    command = f"python tools/prepare_data.py {shlex.quote(name or 'NAME')}"
+    command += f" --data_dir={shlex.quote(str(root))}"
+    base = name.partition("/")[0]
+    return command if base in [*EMBEDDED, *tfds_names()] else f"{command} --from_folder=FOLDER"
+
+
+def tfds_names() -> list[str]:
+    """The data sets that TFDS can prepare by name."""
+    # Without the community's sets: their list would come over the network.
+    return tfds.list_builders(with_community_datasets=False)
 
 
 def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
@@ -144,6 +155,8 @@ def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
     Raises:
         ValueError: the name lacks a config, and the default one is not prepared though others are.
     """
+    if not re.fullmatch(r"\w[\w-]*(/\w[^/]*)?", name):  # it must not lead out of the root
+        return None
     base, _, config = name.partition("/")
     versions = _versions(root / base / config)
     if versions or config:
@@ -161,18 +174,24 @@ def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
 
 def build_embedded(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
     """Build an embedded data set under `root`, unless it stands there, and return its builder."""
-    base, _, config = name.partition("/")
-    builder = EMBEDDED[base](data_dir=root, config=config or None, file_format="array_record")
-    if not builder.is_prepared():
-        print(f"building the embedded data set {name} in {root} ...", flush=True)
-        try:
-            builder.download_and_prepare()
-        except OSError:
-            # Another process may have built it meanwhile; TFDS moves finished folders into place.
-            builder = EMBEDDED[base](data_dir=root, config=config or None)
-            if not builder.is_prepared():
-                raise
+    builder = embedded_builder(name, root)
+    if builder.is_prepared():
+        return builder
+    print(f"building the embedded data set {name} in {root} ...", flush=True)
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        # TFDS moves a finished folder into place: another process may have been quicker.
+        builder = embedded_builder(name, root)
+        if not builder.is_prepared():
+            raise
     return builder
+
+
+def embedded_builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
+    """The builder of an embedded data set, prepared or not."""
+    base, _, config = name.partition("/")
+    return EMBEDDED[base](data_dir=root, config=config or None, file_format="array_record")
 
 
 def embedded_names() -> list[str]:
@@ -183,41 +202,35 @@ def embedded_names() -> list[str]:
 
 def not_prepared(name: str, root: pathlib.Path) -> ValueError:
     """The error for a data set that is not there: how to prepare it, or what its name may be."""
-    # Without the community's sets: their list would come over the network.
-    known = tfds.list_builders(with_community_datasets=False)
-    if name.partition("/")[0] in known:
+    base = name.partition("/")[0]
+    if base in tfds_names() and base not in EMBEDDED:
         return ValueError(
             f"the data set {name!r} is not prepared in {root}; with network, and TensorFlow just "
             f"for this, run: {prepare_command(name, root)}"
         )
-    names = [*embedded_names(), *_prepared_names(root)]
-    return ValueError(
-        f"{unknown_name('data set', name, [*names, *(n for n in known if n not in names)])} "
-        f"A folder of images becomes a data set by: "
-        f"{prepare_command(name or 'NAME', root)} --from_folder=FOLDER"
-    )
+    # Both lists hold the embedded ones; the first names are those that are shown.
+    names = dict.fromkeys([*embedded_names(), *_prepared_names(root), *tfds_names()])
+    error = unknown_name("data set", name, names)
+    if base in EMBEDDED:
+        return error
+    return ValueError(f"{error} (to make one of images: {prepare_command(name, root)})")
 
 
-def _open_builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
+def open_builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
+    """The builder of a prepared or embedded data set; ValueErrors as in `open_source`."""
     # Not through the files: an embedded set of an older version, or of other settings, is not it.
     if name in embedded_names():
         return build_embedded(name, root)
-    # A name never leads out of the root, and a folder that TFDS left half-written has no version.
-    folder = find_prepared(name, root) if re.fullmatch(r"\w[\w-]*(/\w[^/]*)?", name) else None
+    folder = find_prepared(name, root)
     if folder is None:
         raise not_prepared(name, root)
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:
-        raise ValueError(
-            f"{folder} cannot be read ({_one_line(error)}); move it away and run: "
-            f"{prepare_command(name, root)}"
-        ) from error
+        raise _unreadable(folder, _one_line(error), name, root) from error
 
 
-def _open_records(
-    builder: tfds.core.DatasetBuilder, name: str, split: str, root: pathlib.Path
-) -> Sequence[bytes]:
+def _open_records(builder: Any, name: str, split: str, root: pathlib.Path) -> Sequence[bytes]:
     """Serialized examples; TFDS's data source itself would decode every field of them."""
     splits = builder.info.splits
     bases = [part.partition("[")[0].strip() for part in split.split("+")]
@@ -225,31 +238,30 @@ def _open_records(
         if base not in splits and base != "all":
             raise unknown_name(f"split of {name}", base, splits)
     try:
-        count = splits[split].num_examples
         files = splits[split].file_instructions
     except ValueError as error:
         raise ValueError(f"split {split!r} of {name}: {_one_line(error)}") from error
-    if count < 1:
+    if splits[split].num_examples < 1:
         raise ValueError(f"split {split!r} of {name} holds no example")
-    again = f"move that folder away and run: {prepare_command(name, root)}"
+    stored = builder.info.file_format
+    if stored not in (FileFormat.ARRAY_RECORD, FileFormat.PARQUET):
+        problem = f"it is stored as {stored and stored.value}, without random access"
+        raise _unreadable(builder.data_path, problem, name, root)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
-        if not builder.info.file_format or builder.info.file_format.value != "parquet":
-            records = builder.as_data_source(split=split, deserialize_method=raw)
-            _check_files(files, again)
-            return records
+        if stored is FileFormat.ARRAY_RECORD:
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                list(pool.map(_check_file, files))
+            return builder.as_data_source(split=split, deserialize_method=raw)
+        # TFDS reads Parquet files from end to end, whatever the slice.
         whole = "+".join(dict.fromkeys(bases))
         records = builder.as_data_source(split=whole, deserialize_method=raw)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{builder.data_path} is stored without random access (as "
-            f"{builder.info.file_format.value}); {again}"
-        ) from error
-    # TFDS reads Parquet files from end to end, whatever the slice.
-    starts, rows = 0, {}
+    except Exception as error:
+        raise _unreadable(builder.data_path, _one_line(error), name, root) from error
+    start, rows = 0, {}
     for file in splits[whole].file_instructions:
-        rows[file.filename] = starts + np.arange(file.examples_in_shard)
-        starts += file.examples_in_shard
+        rows[file.filename] = start + np.arange(file.examples_in_shard)
+        start += file.examples_in_shard
     chosen = [rows[file.filename][file.skip : file.skip + file.take] for file in files]
     return _Rows(records, np.concatenate(chosen))
 
@@ -266,30 +278,27 @@ class _Rows(Sequence[bytes]):
         return self.records[int(self.rows[index])]
 
 
-def _check_files(files: Sequence[Any], again: str) -> None:
-    """Find a missing or truncated file now: array_record opens each at its first example."""
+def _check_file(file: Any) -> None:
+    """Find a missing or truncated file now: array_record opens it at its first example."""
+    path = str(file.filename)
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        found = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is missing or damaged ({_one_line(error)})") from error
+    if found != file.examples_in_shard:
+        raise ValueError(f"{path} holds {found} examples, not {file.examples_in_shard}")
 
-    def check(file: Any) -> None:
-        try:
-            reader = array_record_module.ArrayRecordReader(str(file.filename))
-            found = reader.num_records()
-            reader.close()
-        except (RuntimeError, ValueError) as error:
-            folder = pathlib.Path(file.filename)
-            raise ValueError(
-                f"{folder} is missing or damaged ({_one_line(error)}); {again}"
-            ) from error
-        if found != file.examples_in_shard:
-            raise ValueError(
-                f"{file.filename} holds {found} examples, not {file.examples_in_shard}; {again}"
-            )
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        list(pool.map(check, files))
+def _unreadable(folder: Any, problem: str, name: str, root: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"{folder} cannot be read: {problem}; move it away and run: {prepare_command(name, root)}"
+    )
 
 
 def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Version folders, the newest last."""
+    """Folders of versions, the newest last; what TFDS left half-written is called otherwise."""
     found = [
         info.parent
         for info in folder.glob("*/dataset_info.json")

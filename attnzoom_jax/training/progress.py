@@ -43,9 +43,9 @@ class Progress:
         """Move the bar."""
         self._bar.update(step - self._bar.n)
 
-    def say(self, line: str) -> None:
-        """Print a line without tearing the bar."""
-        self._bar.write(line, file=sys.stdout)
+    def say(self, step: int, line: str) -> None:
+        """Print a line about a step without tearing the bar."""
+        self._bar.write(f"step {step}/{self.total_steps}  {line}", file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:

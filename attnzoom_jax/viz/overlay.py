@@ -68,8 +68,10 @@ def class_map_panel(title: str, values: np.ndarray) -> Panel:
 
 def mask_panel(title: str, values: np.ndarray) -> Panel:
     """The panel of an attention mask in [0, 1], on the full scale; says when it does nothing."""
+    if not np.isfinite(values).all():
+        return Panel(title, np.zeros_like(values), 1.0, "mask", "mask holds NaN or infinity")
     note = ""
-    if (values >= 1).all():
+    if values.min() > 1 - 1e-6:  # resizing may take a rounding error off
         note = "mask is 1 everywhere: it fades nothing"
     elif np.ptp(values) < 1e-6:
         note = f"mask is {values.flat[0]:.3f} everywhere"

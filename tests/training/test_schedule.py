@@ -139,7 +139,8 @@ def test_plateau_is_torch_reduce_lr_on_plateau(mode, patience, threshold):
         "patience": patience,
         "threshold": threshold,
     }
-    state = schedule.create_plateau(config(schedule=settings)).init({})
+    plateau: Any = schedule.create_plateau(config(schedule=settings))
+    state = plateau.init({})
     update, scales = jax.jit(schedule.plateau_update), []
     for value in metrics:
         state = update(state, value)
