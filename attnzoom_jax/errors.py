@@ -1,10 +1,12 @@
-"""How the package says that a name is unknown: what was given, the near matches, what is known."""
+"""How the package says that a name is unknown: what was given, the near matches, what there is."""
 
 import difflib
 from collections.abc import Iterable
 
+LISTED = 12
 
-def unknown_name(kind: str, given: str, known: Iterable[str]) -> ValueError:
+
+def unknown_name(kind: str, given: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not known, to be raised by the caller.
 
     Args:
@@ -13,13 +15,18 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> ValueError:
         known: all the names there are.
 
     Returns:
-        A ValueError that names the nearest matches, else all names (at most twenty).
+        A ValueError with the nearest names (case does not count) and, where they are few or none
+        is near, all names.
     """
-    names = [str(name) for name in known]
-    # Paths and keys are also found by their last part: `conv1` finds `stage1/block1/conv1`.
-    near = difflib.get_close_matches(given, names, n=3, cutoff=0.6)
-    near += [name for name in names if given in name and name not in near][: 3 - len(near)]
-    if near:
-        return ValueError(f"unknown {kind} {given!r}; did you mean {' or '.join(map(repr, near))}?")
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return ValueError(f"unknown {kind} {given!r}; there is: {listed or 'nothing'}")
+    names = list(dict.fromkeys(known))
+    folded = {name.lower(): name for name in names}
+    asked = str(given).lower()
+    near = [folded[name] for name in difflib.get_close_matches(asked, folded, n=3)]
+    # A path or key is also found by a part of it: `conv1` finds `stage1/block1/conv1`.
+    near += [name for name in names if asked and asked in name.lower() and name not in near]
+    hint = f"; did you mean {' or '.join(map(repr, near[:3]))}?" if near else "."
+    message = f"unknown {kind} {given!r}{hint}"
+    if not near or len(names) <= LISTED:
+        rest = ", ..." if len(names) > 2 * LISTED else ""
+        message += f" There is: {', '.join(names[: 2 * LISTED]) or 'nothing'}{rest}"
+    return ValueError(message)

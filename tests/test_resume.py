@@ -1,6 +1,7 @@
 """6 steps in one process are 3 steps, a new process and 3 more steps, bit for bit."""
 
 import itertools
+import os
 import subprocess
 import sys
 from typing import Any
@@ -21,7 +22,8 @@ from configs import demo
 IN_A_NEW_PROCESS = """
 import sys, train
 from attnzoom_jax.training.workdir import Workdir
-train.train(Workdir(sys.argv[1]).config(), sys.argv[1])
+config = Workdir(sys.argv[1]).config()
+train.train(config, sys.argv[1], devices=train.jax.devices()[:1])
 """
 
 
@@ -69,7 +71,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, cache, root):
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "train/loss": 0.0}\n{"step": 6, "trai')
     command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(killed)]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    # XLA shares out sums by the number of devices that a process has: bits need the same one.
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(len(jax.devices()))}
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert f"resuming {killed} from step 3" in run.stdout
     assert not stale.exists()

@@ -29,7 +29,6 @@ Results equal PIL's bit for bit, except AutoContrast, which divides exactly in i
 double precision may fall just below a whole number and truncate to one grey level less.
 """
 
-import difflib
 import functools
 import math
 from collections.abc import Sequence
@@ -39,6 +38,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnzoom_jax.data.policies import POLICIES, Op, Policy
+from attnzoom_jax.errors import unknown_name
+
 LEVELS = 10
 GEOMETRIC_OPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 LOOKUP_OPS = ("Brightness", "Posterize", "Solarize", "Invert", "AutoContrast", "Equalize")
@@ -47,95 +49,8 @@ OPS = GEOMETRIC_OPS + LOOKUP_OPS + BLEND_OPS
 SIGNED_OPS = (*GEOMETRIC_OPS, *BLEND_OPS, "Brightness")
 OPS_WITHOUT_MAGNITUDE = ("Invert", "AutoContrast", "Equalize")
 
-Op = tuple[str, float, int | None]
-SubPolicy = tuple[Op, Op]
-Policy = tuple[SubPolicy, ...]
-
 IDENTITY: Op = ("Identity", 0.0, None)  # of an image whose coin said no; not for policies
 
-POLICIES: dict[str, Policy] = {
-    "cifar10": (
-        (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
-        (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-        (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
-        (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-        (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)),
-        (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-        (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
-        (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-        (("Equalize", 0.6, None), ("Equalize", 0.5, None)),
-        (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-        (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
-        (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
-        (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
-        (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-        (("Solarize", 0.5, 2), ("Invert", 0.0, None)),
-        (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
-        (("Equalize", 0.2, None), ("Equalize", 0.6, None)),
-        (("Color", 0.9, 9), ("Equalize", 0.6, None)),
-        (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)),
-        (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-        (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)),
-        (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-        (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)),
-        (("Equalize", 0.8, None), ("Invert", 0.1, None)),
-        (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
-    ),
-    "imagenet": (
-        (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
-        (("Solarize", 0.6, 5), ("AutoContrast", 0.6, None)),
-        (("Equalize", 0.8, None), ("Equalize", 0.6, None)),
-        (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
-        (("Equalize", 0.4, None), ("Solarize", 0.2, 4)),
-        (("Equalize", 0.4, None), ("Rotate", 0.8, 8)),
-        (("Solarize", 0.6, 3), ("Equalize", 0.6, None)),
-        (("Posterize", 0.8, 5), ("Equalize", 1.0, None)),
-        (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
-        (("Equalize", 0.6, None), ("Posterize", 0.4, 6)),
-        (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
-        (("Rotate", 0.4, 9), ("Equalize", 0.6, None)),
-        (("Equalize", 0.0, None), ("Equalize", 0.8, None)),
-        (("Invert", 0.6, None), ("Equalize", 1.0, None)),
-        (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
-        (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
-        (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
-        (("Sharpness", 0.4, 7), ("Invert", 0.6, None)),
-        (("ShearX", 0.6, 5), ("Equalize", 1.0, None)),
-        (("Color", 0.4, 0), ("Equalize", 0.6, None)),
-        (("Equalize", 0.4, None), ("Solarize", 0.2, 4)),
-        (("Solarize", 0.6, 5), ("AutoContrast", 0.6, None)),
-        (("Invert", 0.6, None), ("Equalize", 1.0, None)),
-        (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
-        (("Equalize", 0.8, None), ("Equalize", 0.6, None)),
-    ),
-    "svhn": (
-        (("ShearX", 0.9, 4), ("Invert", 0.2, None)),
-        (("ShearY", 0.9, 8), ("Invert", 0.7, None)),
-        (("Equalize", 0.6, None), ("Solarize", 0.6, 6)),
-        (("Invert", 0.9, None), ("Equalize", 0.6, None)),
-        (("Equalize", 0.6, None), ("Rotate", 0.9, 3)),
-        (("ShearX", 0.9, 4), ("AutoContrast", 0.8, None)),
-        (("ShearY", 0.9, 8), ("Invert", 0.4, None)),
-        (("ShearY", 0.9, 5), ("Solarize", 0.2, 6)),
-        (("Invert", 0.9, None), ("AutoContrast", 0.8, None)),
-        (("Equalize", 0.6, None), ("Rotate", 0.9, 3)),
-        (("ShearX", 0.9, 4), ("Solarize", 0.3, 3)),
-        (("ShearY", 0.8, 8), ("Invert", 0.7, None)),
-        (("Equalize", 0.9, None), ("TranslateY", 0.6, 6)),
-        (("Invert", 0.9, None), ("Equalize", 0.6, None)),
-        (("Contrast", 0.3, 3), ("Rotate", 0.8, 4)),
-        (("Invert", 0.8, None), ("TranslateY", 0.0, 2)),
-        (("ShearY", 0.7, 6), ("Solarize", 0.4, 8)),
-        (("Invert", 0.6, None), ("Rotate", 0.8, 4)),
-        (("ShearY", 0.3, 7), ("TranslateX", 0.9, 3)),
-        (("ShearX", 0.1, 6), ("Invert", 0.6, None)),
-        (("Solarize", 0.7, 2), ("TranslateY", 0.6, 7)),
-        (("ShearY", 0.8, 4), ("Invert", 0.8, None)),
-        (("ShearX", 0.7, 9), ("TranslateY", 0.8, 3)),
-        (("ShearY", 0.8, 5), ("AutoContrast", 0.7, None)),
-        (("ShearX", 0.7, 2), ("Invert", 0.1, None)),
-    ),
-}
 POLICY_NAMES = tuple(POLICIES)
 
 
@@ -254,7 +169,7 @@ def to_policy(policy: str | Sequence) -> Policy:
     """
     if isinstance(policy, str):
         if policy not in POLICIES:
-            raise ValueError(_unknown("AutoAugment policy", policy, POLICY_NAMES))
+            raise unknown_name("AutoAugment policy", policy, POLICY_NAMES)
         return POLICIES[policy]
     is_list = isinstance(policy, Sequence) and len(policy) > 0
     if not is_list or any(isinstance(pair, str) or len(pair) != 2 for pair in policy):
@@ -270,7 +185,7 @@ def _to_op(op: Sequence) -> Op:
         raise ValueError(f"AutoAugment operation is {op!r}, expected (op, probability, index)")
     name, probability, index = op
     if name not in OPS:
-        raise ValueError(_unknown("AutoAugment operation", name, OPS))
+        raise unknown_name("AutoAugment operation", name, OPS)
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability of {name} is {probability}, expected a number in [0, 1]")
     if name in OPS_WITHOUT_MAGNITUDE:
@@ -278,13 +193,6 @@ def _to_op(op: Sequence) -> Op:
     if index not in range(LEVELS):
         raise ValueError(f"magnitude index of {name} is {index}, expected one of 0..{LEVELS - 1}")
     return name, float(probability), int(index)
-
-
-def _unknown(what: str, given: object, names: Sequence[str]) -> str:
-    folded = {name.lower(): name for name in names}
-    near = [folded[match] for match in difflib.get_close_matches(str(given).lower(), folded)]
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown {what} {given!r}: {hint}known are {', '.join(names)}"
 
 
 # Tables, in NumPy at trace time. Row 2 s + negative is sub-policy s with that sign; the last row is

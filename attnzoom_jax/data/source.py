@@ -28,7 +28,7 @@ EMBEDDED = {"fine_shapes": fine_shapes.FineShapes}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Source(Sequence[dict[str, Any]]):
     """One split of a prepared data set.
 
     Attributes:
@@ -47,7 +47,7 @@ class Source:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         return self.examples[index]
 
 

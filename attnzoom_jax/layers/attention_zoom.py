@@ -16,7 +16,6 @@ Source: DeAlcala, Morales, Fierrez, Tolosana, "AttZoom: Attention Zoom for Bette
 ICCV Workshops 2025 (arXiv 2508.03625), section on the method and Algorithm 1.
 """
 
-import difflib
 import math
 
 import jax
@@ -25,6 +24,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 
+from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.layers.gate import Gate
 from attnzoom_jax.ops.masks import saturated_sigmoid
 from attnzoom_jax.ops.zoom import bilinear_kernel, zoom_conv
@@ -141,11 +141,7 @@ class AttentionZoom(nn.Module):
         for field, choices in (("zoom_conv", ZOOM_CONVS), ("zoom_init", ZOOM_INITS)):
             value = getattr(self, field)
             if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
-                raise ValueError(
-                    f"AttentionZoom.{field} is {value!r}, expected one of {choices}; "
-                    f"try {near[0]!r}."
-                )
+                raise unknown_name(f"AttentionZoom.{field}", value, choices)
 
 
 class _Zoom(nn.Module):

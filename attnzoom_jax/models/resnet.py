@@ -32,13 +32,14 @@ The last ReLU of a block, of its stage's last block and the stage end at the sam
 `stage3/block6` and `stage3/block6/relu3` are one map of ResNet-50.
 """
 
-import difflib
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from attnzoom_jax.errors import unknown_name
 
 STEMS = ("imagenet", "cifar", "small")
 BLOCKS = ("basic", "bottleneck")
@@ -297,6 +298,4 @@ class ResNet(nn.Module):
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]):
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field}={value!r}: expected one of {', '.join(choices)}{hint}")
+        raise unknown_name(field, value, choices)

@@ -263,9 +263,7 @@ def test_bad_mixes(function):
 
 def test_center_crop_is_the_middle_window():
     images = jnp.arange(2 * 7 * 6 * 1).reshape(2, 7, 6, 1)
-    np.testing.assert_array_equal(
-        center_crop(images, size=(3, 4)), np.asarray(images)[:, 2:5, 1:5]
-    )
+    np.testing.assert_array_equal(center_crop(images, size=(3, 4)), np.asarray(images)[:, 2:5, 1:5])
     np.testing.assert_array_equal(center_crop(images), images)
     with pytest.raises(ValueError, match="8 x 8 pixels does not fit images of 7 x 6"):
         center_crop(images, size=8)

@@ -233,10 +233,10 @@ def test_policies_are_well_formed():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("cifar100", "did you mean cifar10"),
-        ("ImageNet", "did you mean imagenet"),
-        ("mnist", "known are cifar10, imagenet, svhn"),
-        ([(("rotat", 0.5, 3), ("Invert", 0.5, None))], "did you mean Rotate"),
+        ("cifar100", "did you mean 'cifar10'"),
+        ("ImageNet", "did you mean 'imagenet'"),
+        ("mnist", "There is: cifar10, imagenet, svhn"),
+        ([(("rotat", 0.5, 3), ("Invert", 0.5, None))], "did you mean 'Rotate'"),
         ([(("Identity", 0.5, 3), ("Invert", 0.5, None))], "unknown AutoAugment operation"),
         ([(("Rotate", 1.5, 3), ("Invert", 0.5, None))], "expected a number in"),
         ([(("Rotate", 0.5, 10), ("Invert", 0.5, None))], "expected one of 0..9"),

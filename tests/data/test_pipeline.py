@@ -110,7 +110,7 @@ def test_the_parts_of_all_processes_are_the_batch_of_one(process_count, start_st
 
 @pytest.mark.parametrize("num_threads", [0, 1, 4])
 def test_threads_do_not_change_the_order(num_threads):
-    delays = np.random.default_rng(0).uniform(0, 2e-3, 30)
+    delays = np.random.default_rng(0).uniform(0, 2e-3, 30).tolist()
     source = fake_source(30, read=lambda i: time.sleep(delays[i]))
     found = take(train_batches(source, batch_size=5, seed=0, num_threads=num_threads), 12)
     expected = example_order(np.arange(60), num_examples=30, seed=0).reshape(12, 5) + 1

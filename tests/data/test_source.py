@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,8 @@ def edit_json(path, **changes):
 def test_examples_are_those_of_tfds(shapes_dir):
     source = open_source(NAME, split="train", data_dir=shapes_dir, fields=("image", "part_mask"))
     folder = pathlib.Path(shapes_dir) / NAME / "1.0.0"
-    expected = list(tfds.builder_from_directory(folder).as_data_source(split="train"))
+    builder: Any = tfds.builder_from_directory(folder)
+    expected = list(builder.as_data_source(split="train"))
     assert len(source) == 30
     assert source.name == "fine_shapes/mini:train"
     assert source.class_names == tuple(fine_shapes.CLASS_NAMES)

@@ -198,8 +198,8 @@ def test_gate_outside_a_layer_is_called_gate():
         ({"zoom_kernel": True}, "zoom_kernel is True"),
         ({"threshold": "half"}, "threshold is 'half'.*try 0.5"),
         ({"threshold": float("nan")}, "threshold is nan"),
-        ({"zoom_conv": "depth"}, "zoom_conv is 'depth'.*try 'depthwise'"),
-        ({"zoom_init": "bilinaer"}, "zoom_init is 'bilinaer'.*try 'bilinear'"),
+        ({"zoom_conv": "depth"}, "zoom_conv 'depth'; did you mean 'depthwise'"),
+        ({"zoom_init": "bilinaer"}, "zoom_init 'bilinaer'; did you mean 'bilinear'"),
         ({"zoom_init": "bilinear", "factor": 3}, "needs size >= 5, got 3"),
     ],
 )

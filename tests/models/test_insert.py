@@ -195,7 +195,7 @@ def test_insert_may_be_inserted_into():
     [
         ("Block_2", "unknown path for Insert 'Block_2'; did you mean 'Block_"),
         ("Conv_0", "did you mean 'Block_./Conv_0' or 'Block_./Conv_0'"),
-        ("nonsense", "there is: input, Block_0/Conv_0"),
+        ("nonsense", "There is: input, Block_0/Conv_0"),
     ],
 )
 def test_unknown_path_names_the_nearest(path, message):

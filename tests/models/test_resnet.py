@@ -300,11 +300,11 @@ def test_stage_ends_after_its_last_relu():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stem": "cfar"}, "stem='cfar'.*did you mean 'cifar'"),
-        ({"block": "bottlneck"}, "block='bottlneck'.*did you mean 'bottleneck'"),
-        ({"shortcut": "A"}, "shortcut='A'.*projection, pad"),
-        ({"dtype": "bf16"}, "dtype='bf16'.*bfloat16"),
-        ({"dtype": "int8"}, "dtype='int8'.*bfloat16"),
+        ({"stem": "cfar"}, "stem 'cfar'.*did you mean 'cifar'"),
+        ({"block": "bottlneck"}, "block 'bottlneck'.*did you mean 'bottleneck'"),
+        ({"shortcut": "A"}, "shortcut 'A'.*projection, pad"),
+        ({"dtype": "bf16"}, "dtype 'bf16'.*bfloat16"),
+        ({"dtype": "int8"}, "dtype 'int8'.*bfloat16"),
         ({"width": 0}, "width=0"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"stage_sizes": ()}, "stage_sizes"),

@@ -3,7 +3,6 @@
 TFDS's own ImageFolder needs TensorFlow, and reads the files again in every epoch.
 """
 
-import contextlib
 import dataclasses
 import io
 import pathlib
@@ -127,8 +126,7 @@ def build(
         readable, name, (height, width, 3), leave_out, data_dir=data_dir, file_format="array_record"
     )
     tfds.disable_progress_bar()  # ours knows how many there are
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a download of unknown size
-        builder.download_and_prepare()
+    builder.download_and_prepare()
     return builder
 
 
@@ -160,6 +158,12 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             ),
             supervised_keys=("image", "label"),
         )
+
+    def _log_download_bytes(self) -> None:
+        """Nothing: TFDS would tell of a download of unknown size."""
+
+    def _log_download_done(self) -> None:
+        """Nothing, for the same reason."""
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
