@@ -79,7 +79,7 @@ def explain(
     shape = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
     taps = attribution.list_taps(bind(trained.model, trained.variables, train=False), shape)
     tap = tap or attribution.default_tap(taps)
-    gates = [name for name in taps if name.endswith("/gate")]
+    gates = attribution.gate_taps(taps)
     print(f"{method} at tap {tap!r}", flush=True)
 
     @jax.jit

@@ -111,7 +111,8 @@ def _guard(main: Callable[[], int | None], argv: list[str]) -> None:
         code = main()
     except (ValueError, OSError, FloatingPointError) as error:
         _show_traceback()
-        _fail(str(error), code=1)
+        # JAX appends a remark about its own frames to what passes through jit.
+        _fail(str(error).partition("\n-----")[0], code=1)
     sys.exit(code or 0)
 
 

@@ -5,7 +5,8 @@
     python explain.py --workdir=runs/demo
 
 The data set fine_shapes has 16 classes, shape family x small mark: the mark decides, and the family
-alone gives a quarter. The layer stands on a map of 16 x 16, where the zoom costs little.
+alone gives a quarter. The layer stands on a map of 16 x 16, where the zoom costs little; with its
+threshold at 0.5 the mask is soon 1 nearly everywhere, at 0.9 it finds the marks.
 
 Hardware and time: two CPU cores, about two minutes. Expected: test top-1 of at least 0.80.
 `:tiny` runs in seconds.
@@ -26,7 +27,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         "stem": "small",
         "width": 16,
         "stage_sizes": (1, 1, 1, 1),
-        "insert": {"stage2": {"name": "attention_zoom", "threshold": 0.5, "zoom_init": "bilinear"}},
+        "insert": {"stage2": {"name": "attention_zoom", "threshold": 0.9, "zoom_init": "bilinear"}},
     }
     config.optimizer = {"name": "adam", "learning_rate": 3e-3}
     config.schedule = {"name": "one_cycle"}

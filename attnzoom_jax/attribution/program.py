@@ -321,6 +321,18 @@ def read_taps(
     return trace(fn, images).run(images, read=names)
 
 
+def gate_taps(taps: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The taps that are attention masks with a spatial extent, `<path>/gate`, in order.
+
+    Args:
+        taps: as `list_taps` returns them.
+
+    Returns:
+        Their names.
+    """
+    return [name for name, shape in taps.items() if _is_gate(name) and len(shape) == 4]
+
+
 def default_tap(taps: Mapping[str, tuple[int, ...]]) -> str:
     """The last tap with a spatial extent, the usual place for a class map.
 
@@ -336,7 +348,7 @@ def default_tap(taps: Mapping[str, tuple[int, ...]]) -> str:
     spatial = [
         name
         for name, shape in taps.items()
-        if len(shape) == 4 and shape[1] * shape[2] > 1 and not name.endswith("/gate")
+        if len(shape) == 4 and shape[1] * shape[2] > 1 and not _is_gate(name)
     ]
     if not spatial:
         raise ValueError(
@@ -344,3 +356,7 @@ def default_tap(taps: Mapping[str, tuple[int, ...]]) -> str:
             'jax.ad_checkpoint.checkpoint_name(x, "name"), or bind a Flax model with models.bind'
         )
     return spatial[-1]
+
+
+def _is_gate(name: str) -> bool:
+    return name.partition("#")[0].split("/")[-1] == "gate"

@@ -191,7 +191,12 @@ def build_embedded(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
 def embedded_builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
     """The builder of an embedded data set, prepared or not."""
     base, _, config = name.partition("/")
-    return EMBEDDED[base](data_dir=root, config=config or None, file_format="array_record")
+    try:
+        return EMBEDDED[base](data_dir=root, config=config or None, file_format="array_record")
+    except ValueError:
+        raise
+    except Exception as error:  # TFDS reads what stands there already
+        raise _unreadable(root / name, _one_line(error), name, root) from error
 
 
 def embedded_names() -> list[str]:

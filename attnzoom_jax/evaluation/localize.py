@@ -49,13 +49,19 @@ class Localize:
         def batch_sums(variables: Any, batch: dict[str, jax.Array]) -> Sums:
             images = to_input(batch["image"], data)
             fn = bind(model, variables, **train_argument(model, False))
-            where = tap or attribution.default_tap(attribution.list_taps(fn, images))
-            maps = attribution.grad_cam(fn, images, batch["label"], tap=where)
-            _, h, w, _ = images.shape
-            maps = ops_maps.resize(ops_maps.positive(maps), (h, w))
+            taps = attribution.list_taps(fn, images)
+            maps = attribution.grad_cam(
+                fn, images, batch["label"], tap=tap or attribution.default_tap(taps)
+            )
+            _, gates = attribution.read_taps(fn, images, attribution.gate_taps(taps))
             crop = data.crop_size or None
             inside = {name: center_crop(batch[name], size=crop)[..., 0] for name in self.masks}
-            return _sums(maps, inside, batch["mask"])
+            values = _scores("", ops_maps.positive(maps), inside)
+            for gate, mask in gates.items():
+                name = "gate_" + gate.removeprefix("inserted/").removesuffix("/gate") + "_"
+                values |= _scores(name.replace("/", "."), mask.mean(axis=-1), inside)
+            sums = {name: jnp.where(batch["mask"] > 0, v, 0).sum() for name, v in values.items()}
+            return {**sums, "count": batch["mask"].sum()}
 
         self._split = EvalSplit(
             data=data,
@@ -76,26 +82,31 @@ class Localize:
             of the map's energy inside), "<prefix>/object_share" (the mask's share of the image),
             "<prefix>/object_energy_ratio" (the one by the other; 1 = no better than a uniform map),
             "<prefix>/object_pointing" (peak inside) and "<prefix>/object_center" (image centre
-            inside); and "<prefix>/empty_maps" (maps without any positive value).
+            inside); "<prefix>/empty_maps": maps without any positive value. The mask of the layer
+            inserted at a path is scored like the map, under "<prefix>/gate_<path>_object_energy"
+            and so on, with "<prefix>/gate_<path>_saturated", the share of it that is 1.
         """
         total = {name: float(value) for name, value in self._split.run(variables).items()}
         count = total.pop("count")
         metrics = {name: value / count for name, value in total.items()}
-        for mask in self.masks:
-            name = mask.removesuffix("_mask")
-            share = metrics[f"{name}_share"]
-            metrics[f"{name}_energy_ratio"] = metrics[f"{name}_energy"] / share if share else 0.0
-        return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
+        for name in [name for name in metrics if name.endswith("_energy")]:
+            share = metrics[f"{name.removesuffix('_energy')}_share"]
+            metrics[f"{name}_ratio"] = metrics[name] / share if share else 0.0
+        return {f"{self.prefix}/{name}": metrics[name] for name in sorted(metrics)}
 
 
-def _sums(maps: jax.Array, masks: dict[str, jax.Array], real: jax.Array) -> Sums:
-    h, w = maps.shape[1:]
-    values = {"empty_maps": maps.max(axis=(1, 2)) <= 0}
+def _scores(kind: str, maps: jax.Array, masks: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Scores [n] of maps [n, h', w'] against masks [n, h, w], named `<kind><score>`."""
+    if kind:
+        scores = {f"{kind}saturated": (maps == 1).mean(axis=(1, 2))}
+    else:
+        scores = {"empty_maps": maps.max(axis=(1, 2)) <= 0}
     for mask, inside in masks.items():
-        name = mask.removesuffix("_mask")
-        values[f"{name}_energy"] = localization.energy_inside(maps, inside)
-        values[f"{name}_share"] = localization.mask_share(inside)
-        values[f"{name}_pointing"] = localization.pointing_hit(maps, inside)
-        values[f"{name}_center"] = inside[:, h // 2, w // 2] > 0
-    sums = {name: jnp.where(real > 0, value, 0).sum() for name, value in values.items()}
-    return {**sums, "count": real.sum()}
+        _, h, w = inside.shape
+        name = kind + mask.removesuffix("_mask")
+        resized = ops_maps.resize(maps, (h, w))
+        scores[f"{name}_energy"] = localization.energy_inside(resized, inside)
+        scores[f"{name}_share"] = localization.mask_share(inside)
+        scores[f"{name}_pointing"] = localization.pointing_hit(resized, inside)
+        scores[f"{name}_center"] = inside[:, h // 2, w // 2] > 0
+    return scores

@@ -412,6 +412,13 @@ def test_damaged_metadata(copy, file):
         open_source(NAME, split="train", data_dir=data_dir)
 
 
+def test_damaged_metadata_of_an_embedded_set(tmp_path):
+    folder = pathlib.Path(build_embedded("fine_shapes/tiny", tmp_path).data_path)
+    (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"fine_shapes/tiny cannot be read: .*; move it away and"):
+        open_source("fine_shapes/tiny", split="train", data_dir=str(tmp_path))
+
+
 # Real data
 
 

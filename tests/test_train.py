@@ -1,0 +1,178 @@
+"""train.py and eval.py from end to end, on a small run."""
+
+import json
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import eval as eval_programme
+import train
+from attnzoom_jax.training.checkpoint import Checkpoints
+from attnzoom_jax.training.writer import read_metrics
+from configs import demo
+
+ONE_DEVICE = jax.devices()[:1]
+
+
+def config(**changes) -> Any:
+    base = demo.get_config("tiny")
+    base.model = {"name": "resnet18", "stem": "small", "width": 4, "stage_sizes": (1,)}
+    base.optimizer = {"name": "sgd", "learning_rate": 0.05}
+    base.schedule = {"name": "constant"}
+    base.evals.localization.masks = ("object_mask",)
+    base.update({"total_steps": 6, "log_every_steps": 2, "eval_every_steps": 3})
+    base.update_from_flattened_dict(changes)
+    return base
+
+
+def run(folder, settings, **options):
+    return train.train(settings, str(folder), devices=ONE_DEVICE, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 6 steps with averaged parameters, its folder and its state."""
+    folder = tmp_path_factory.mktemp("finished")
+    state = run(folder, config(ema_decay=0.5), overrides={"ema_decay": 0.5})
+    return folder, state
+
+
+def test_the_folder_holds_what_was_asked_for_and_what_came_out(finished):
+    folder, state = finished
+    read = lambda name: json.loads((folder / name).read_text())  # noqa: E731
+    assert read("config.json")["optimizer"]["learning_rate"] == 0.05
+    assert read("overrides.json") == {"ema_decay": 0.5}
+    info = read("run.json")
+    assert info["steps"] == 6 and info["seed"] == 0 and info["platform"] == "cpu"
+    assert {"commit", "versions", "device_kind", "device_count", "start"} <= info.keys()
+    assert info["duration_s"] > 0
+    assert list((folder / "tensorboard").glob("events*"))
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    assert checkpoints.steps() == [3, 6] and int(state.step) == 6
+    checkpoints.close()
+
+
+def test_the_lines_of_a_run(finished):
+    lines = read_metrics(finished[0])
+    training = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "validation/top1" in line]
+    # Each evaluation ends a line of its own, so that a resumed run writes the same ones.
+    assert [line["step"] for line in training] == [2, 3, 4, 6]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    for line in training:
+        assert line["train/loss"] > 0 and 0 <= line["train/top1"] <= 1
+        assert line["learning_rate"] == pytest.approx(0.05)
+    assert evaluations[0]["validation/count"] == 60
+
+
+def test_a_line_is_the_mean_of_its_steps(tmp_path, finished):
+    run(tmp_path, config(ema_decay=0.5, log_every_steps=1))
+    single = {line["step"]: line for line in read_metrics(tmp_path) if "train/loss" in line}
+    for line in read_metrics(finished[0]):
+        if "train/loss" in line and line["step"] in (2, 6):
+            mean = (single[line["step"] - 1]["train/loss"] + single[line["step"]]["train/loss"]) / 2
+            if line["step"] == 2:
+                assert line["train/loss"] == pytest.approx(mean, rel=1e-5)
+            else:  # 4 ended a line: 5 and 6
+                assert line["train/loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, capsys):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    state = run(folder, config(ema_decay=0.5))
+    assert int(state.step) == 6 and "nothing to do" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_eval_repeats_what_training_saw_with_the_averaged_parameters(finished):
+    folder, _ = finished
+    evaluations = [line for line in read_metrics(folder) if "validation/top1" in line]
+    for checkpoint, line in (("3", evaluations[0]), ("last", evaluations[1])):
+        metrics = eval_programme.evaluate(str(folder), checkpoint=checkpoint)
+        seen = {name: value for name, value in line.items() if name != "step"}
+        assert {name: metrics[name] for name in seen} == pytest.approx(seen, rel=1e-5)
+    written = json.loads((folder / "eval.json").read_text())
+    assert written["metrics"] == metrics and written["step"] == 6
+    assert {"test/top1", "test/object_energy_ratio", "test/count"} <= metrics.keys()
+    assert {"config", "overrides", "commit", "versions", "device_kind", "seed"} <= written.keys()
+    eval_programme.print_table(metrics)
+
+
+@pytest.mark.parametrize("cache", ["host", "device"])
+def test_the_step_is_traced_once(tmp_path, monkeypatch, cache):
+    traced = []
+
+    def make_train_step(*args, **kwargs):
+        train_step = make(*args, **kwargs)
+
+        def counted(state, batch):
+            traced.append(1)
+            return train_step(state, batch)
+
+        return counted
+
+    make = train.make_train_step
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    chex.clear_trace_counter()
+    # Calls of 2, 1, 2 and 1 steps, of one program.
+    run(tmp_path, config(**{"data.cache": cache, "data.steps_per_call": 5}))
+    assert len(traced) == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_its_last_good_checkpoint(tmp_path):
+    exploding = config(total_steps=8, eval_every_steps=2, log_every_steps=4)
+    exploding.schedule = {"name": "step", "boundary_steps": (3,), "factor": 1e35}
+    for _ in range(2):  # and stops again when it is started again
+        with pytest.raises(FloatingPointError) as error:
+            run(tmp_path, exploding)
+        assert "infinite at step 4; the last good checkpoint is step 2 in " in str(error.value)
+        assert "\n" not in str(error.value)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", best_metric="validation/top1")
+    assert checkpoints.steps() == [2] and checkpoints.find("best") == 2
+    checkpoints.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 2]
+
+
+def test_without_a_checkpoint_the_message_says_so(tmp_path):
+    exploding = config(**{"optimizer.learning_rate": 1e35})
+    with pytest.raises(FloatingPointError, match="at step 1; there is no checkpoint yet"):
+        run(tmp_path, exploding)
+    # Nothing is lost, so a mended config may take the folder.
+    run(tmp_path, config(total_steps=1))
+
+
+def test_early_stopping_counts_what_was_before_a_resume(tmp_path, capsys):
+    still = config(early_stopping=2, eval_every_steps=1, **{"optimizer.learning_rate": 1e-30})
+    still.update({"best_metric": "validation/cross_entropy", "best_mode": "min"})
+    still.model = {"name": "resnet18", "stem": "small", "width": 4, "stage_sizes": ()}
+    run(tmp_path / "whole", still)
+    steps = [line["step"] for line in read_metrics(tmp_path / "whole")]
+    assert "stopped early" in capsys.readouterr().out and max(steps) < 6
+    run(tmp_path / "parts", still, stop_at=2)
+    run(tmp_path / "parts", still)
+    assert [line["step"] for line in read_metrics(tmp_path / "parts")] == steps
+    state = run(tmp_path / "parts", still)
+    assert int(state.step) == max(steps)
+
+
+def test_a_run_without_a_best_metric_keeps_the_last(tmp_path):
+    run(tmp_path, config(best_metric="", total_steps=2))
+    assert "test/top1" in eval_programme.evaluate(str(tmp_path), checkpoint="last")
+    with pytest.raises(ValueError, match="--checkpoint=last"):
+        eval_programme.evaluate(str(tmp_path))
+
+
+def test_training_learns(tmp_path):
+    """The loss on one repeated batch falls: the whole of the split is one batch."""
+    few = config(total_steps=30, eval_every_steps=30, log_every_steps=1)
+    few.data.update({"train_split": "train[:16]"})
+    few.augment.update({"flip": False, "crop_padding": 0})
+    few.optimizer = {"name": "adam", "learning_rate": 0.02}
+    run(tmp_path, few)
+    losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert np.mean(losses[-3:]) < 0.5 * losses[0]
