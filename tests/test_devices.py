@@ -12,12 +12,12 @@ from configs import demo
 
 
 def config(optimizer, *, cache="host", **changes) -> Any:
-    base = demo.get_config("tiny")
+    base: Any = demo.get_config("tiny")
     base.model = {
         "name": "resnet18",
         "stem": "small",
         "width": 4,
-        "stage_sizes": (1, 1),
+        "stage_sizes": (1,),
         "insert": {"stage1": {"name": "attention_zoom"}},
     }
     base.optimizer = optimizer
@@ -67,7 +67,7 @@ def test_the_loss_of_adam_on_four_devices_equals_that_on_one(tmp_path):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_both_data_paths_give_the_same_training(tmp_path, devices):
-    options = {"ema_decay": 0.9, "label_smoothing": 0.1}
+    options: Any = {"ema_decay": 0.9, "label_smoothing": 0.1}
     host, losses = run(tmp_path / "host", config(SGD, **options), devices)
     device, same = run(tmp_path / "device", config(SGD, cache="device", **options), devices)
     # Not the same bits: XLA fuses the steps of a loop otherwise, so sums round otherwise.

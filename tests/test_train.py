@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import chex
 import jax
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ ONE_DEVICE = jax.devices()[:1]
 
 
 def config(**changes) -> Any:
-    base = demo.get_config("tiny")
+    base: Any = demo.get_config("tiny")
     base.model = {"name": "resnet18", "stem": "small", "width": 4, "stage_sizes": (1,)}
     base.optimizer = {"name": "sgd", "learning_rate": 0.05}
     base.schedule = {"name": "constant"}
@@ -73,11 +72,8 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path, finished):
     single = {line["step"]: line for line in read_metrics(tmp_path) if "train/loss" in line}
     for line in read_metrics(finished[0]):
         if "train/loss" in line and line["step"] in (2, 6):
-            mean = (single[line["step"] - 1]["train/loss"] + single[line["step"]]["train/loss"]) / 2
-            if line["step"] == 2:
-                assert line["train/loss"] == pytest.approx(mean, rel=1e-5)
-            else:  # 4 ended a line: 5 and 6
-                assert line["train/loss"] == pytest.approx(mean, rel=1e-5)
+            before, last = (single[step]["train/loss"] for step in (line["step"] - 1, line["step"]))
+            assert line["train/loss"] == pytest.approx((before + last) / 2, rel=1e-5)
 
 
 def test_a_finished_run_is_left_as_it_is(finished, capsys):
@@ -118,7 +114,6 @@ def test_the_step_is_traced_once(tmp_path, monkeypatch, cache):
 
     make = train.make_train_step
     monkeypatch.setattr(train, "make_train_step", make_train_step)
-    chex.clear_trace_counter()
     # Calls of 2, 1, 2 and 1 steps, of one program.
     run(tmp_path, config(**{"data.cache": cache, "data.steps_per_call": 5}))
     assert len(traced) == 1
@@ -147,17 +142,18 @@ def test_without_a_checkpoint_the_message_says_so(tmp_path):
 
 
 def test_early_stopping_counts_what_was_before_a_resume(tmp_path, capsys):
-    still = config(early_stopping=2, eval_every_steps=1, **{"optimizer.learning_rate": 1e-30})
-    still.update({"best_metric": "validation/cross_entropy", "best_mode": "min"})
-    still.model = {"name": "resnet18", "stem": "small", "width": 4, "stage_sizes": ()}
+    # A metric that never gets better after the first evaluation.
+    still = config(early_stopping=2, eval_every_steps=1, best_metric="validation/count")
     run(tmp_path / "whole", still)
-    steps = [line["step"] for line in read_metrics(tmp_path / "whole")]
-    assert "stopped early" in capsys.readouterr().out and max(steps) < 6
-    run(tmp_path / "parts", still, stop_at=2)
-    run(tmp_path / "parts", still)
-    assert [line["step"] for line in read_metrics(tmp_path / "parts")] == steps
-    state = run(tmp_path / "parts", still)
-    assert int(state.step) == max(steps)
+    assert "stopped early" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(tmp_path / "whole")] == [1, 1, 2, 2, 3, 3]
+    parts = tmp_path / "parts"
+    run(parts, still, stop_at=2)
+    with (parts / "metrics.jsonl").open("a") as file:  # killed between evaluation and checkpoint
+        file.write('{"step": 3, "validation/count": 60}\n')
+    assert int(run(parts, still).step) == 3
+    assert [line["step"] for line in read_metrics(parts)] == [1, 1, 2, 2, 3, 3]
+    assert int(run(parts, still).step) == 3
 
 
 def test_a_run_without_a_best_metric_keeps_the_last(tmp_path):
@@ -175,4 +171,4 @@ def test_training_learns(tmp_path):
     few.optimizer = {"name": "adam", "learning_rate": 0.02}
     run(tmp_path, few)
     losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]
-    assert np.mean(losses[-3:]) < 0.5 * losses[0]
+    assert np.mean(losses[-3:]) < min(2.4, 0.8 * losses[0])  # chance: ln 16 = 2.77

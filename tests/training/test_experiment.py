@@ -9,7 +9,7 @@ from configs import demo
 
 
 def config(**changes) -> Any:
-    base = demo.get_config("tiny")
+    base: Any = demo.get_config("tiny")
     base.model = {"name": "resnet18", "stem": "small", "width": 4, "stage_sizes": (1,)}
     base.update_from_flattened_dict(changes)
     return base
