@@ -20,16 +20,14 @@ from attnzoom_jax.evaluation import create_evaluator
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
 from attnzoom_jax.training.experiment import Experiment, create_experiment
+from attnzoom_jax.training.log import TrainingLog
 from attnzoom_jax.training.progress import Progress, format_duration
 from attnzoom_jax.training.schedule import plateau_scale, plateau_update
 from attnzoom_jax.training.state import TrainState, create_state
 from attnzoom_jax.training.step import (
-    NO_STEP,
-    add_metrics,
     jit_steps_on_device,
     jit_train_step,
     make_train_step,
-    zero_metrics,
 )
 from attnzoom_jax.training.workdir import Workdir, provenance
 from attnzoom_jax.training.writer import MetricWriter, read_metrics
@@ -92,7 +90,7 @@ def train(
         state = checkpoints.restore(step, like=state, mesh=mesh)
         print(f"resuming {workdir} from step {step}", flush=True)
     last = min(experiment.total_steps, stop_at or experiment.total_steps)
-    best = _BestSoFar(config, folder)
+    best = _BestSoFar(config, folder, step)
     if step >= last or best.stop_early:
         print(f"nothing to do: {workdir} is trained to step {step}", flush=True)
         checkpoints.close()
@@ -107,7 +105,7 @@ def train(
     progress = Progress(
         start_step=step, total_steps=experiment.total_steps, batch_size=config.data.batch_size
     )
-    log = _Log(writer, progress, checkpoints)
+    log = TrainingLog(writer, progress, checkpoints)
     while step < last and not best.stop_early:
         log_at = _next_multiple(step, config.log_every_steps)
         eval_at = min(_next_multiple(step, experiment.eval_every), last)
@@ -141,55 +139,6 @@ def train(
     folder.write("run.json", {**info, "steps": step, "duration_s": round(duration, 1)})
     print(f"done: {step} steps in {format_duration(duration)}; results in {workdir}", flush=True)
     return state
-
-
-class _Log:
-    """Training metrics, summed on the device between two lines.
-
-    A line is fetched and written one call of the program after it ended, while the device already
-    works on the next, so that logging never makes it wait.
-    """
-
-    def __init__(self, writer: MetricWriter, progress: Progress, checkpoints: Checkpoints) -> None:
-        self.writer, self.progress, self.checkpoints = writer, progress, checkpoints
-        self.sums = zero_metrics()
-        self.pending: tuple[int, Any, Any] | None = None
-        self.is_first = True
-
-    def add(self, step: int, metrics: Any) -> None:
-        """Count the metrics of the steps up to `step`."""
-        if self.is_first:
-            jax.block_until_ready(metrics)  # compilation is no part of the throughput
-            self.progress.skip(step)
-            self.is_first = False
-        self.sums = add_metrics(self.sums, metrics)
-        self.flush()
-        self.progress.show(step)
-
-    def cut(self, step: int, learning_rate: Any) -> None:
-        """End the line at `step`."""
-        self.pending = (step, self.sums, learning_rate)
-        self.sums = zero_metrics()
-
-    def flush(self) -> None:
-        """Write the line that ended last, if it is not written yet."""
-        if self.pending is None:
-            return
-        step, sums, learning_rate = self.pending
-        self.pending = None
-        sums = jax.device_get(sums)
-        _stop_if_not_finite(sums, self.checkpoints)
-        count = int(sums["steps"])
-        values = {f"train/{name}": float(sums[name]) / count for name in ("loss", "top1")}
-        line = f"loss {values['train/loss']:.4f}  top-1 {values['train/top1']:.3f}"
-        values["train/grad_norm"] = float(sums["grad_norm"]) / count
-        values["learning_rate"] = float(learning_rate)
-        speed = self.progress.measure(step)
-        if speed:
-            values["images_per_second"] = speed[0]
-            line += f"  {speed[0]:.0f} images/s  ETA {format_duration(speed[1])}"
-        self.writer.write(step, values)
-        self.progress.say(step, line)
 
 
 def _from_host(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any:
@@ -260,27 +209,15 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _stop_if_not_finite(metrics: Any, checkpoints: Checkpoints) -> None:
-    if metrics["bad_step"] == NO_STEP:
-        return
-    checkpoints.wait()
-    last = checkpoints.last_step()
-    good = f"the last good checkpoint is step {last}" if last else "there is no checkpoint yet"
-    raise FloatingPointError(
-        f"the loss or its gradient is NaN or infinite at step {metrics['bad_step']}; {good} in "
-        f"{checkpoints.folder}; lower optimizer.learning_rate or set optimizer.clip_norm"
-    )
-
-
 class _BestSoFar:
-    """The best evaluation, for early stopping; what a resumed run had before counts too."""
+    """The best evaluation, for early stopping; what a resumed run had before `step` counts too."""
 
-    def __init__(self, config: Any, folder: Workdir) -> None:
+    def __init__(self, config: Any, folder: Workdir, step: int) -> None:
         self.metric, self.patience = config.best_metric, config.early_stopping
         self.sign = 1 if config.best_mode == "max" else -1
         self.value, self.since = -math.inf, 0
         for line in read_metrics(folder.path):
-            if self.metric in line:
+            if self.metric in line and line["step"] <= step:
                 self.update(line)
 
     def update(self, results: dict[str, float]) -> None:

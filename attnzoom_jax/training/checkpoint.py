@@ -15,6 +15,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from attnzoom_jax.training.sharding import replicated
 
+LISTED = 8  # differences of each side in a message
+
 
 class Checkpoints:
     """The checkpoints folder of a run.
@@ -183,11 +185,13 @@ def check_same_tree(*, saved: Any, expected: Any, where: str) -> None:
         ValueError: lists what only one side has, or what differs in shape: - saved, + expected.
     """
     there, needed = _shapes(saved), _shapes(expected)
-    lines = [f"- {path} {shape}" for path, shape in there.items() if needed.get(path) != shape]
-    lines += [f"+ {path} {shape}" for path, shape in needed.items() if there.get(path) != shape]
-    if lines:
-        lines.sort(key=lambda line: line[2:])
-        shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
+    ours = [f"- {path} {shape}" for path, shape in there.items() if needed.get(path) != shape]
+    theirs = [f"+ {path} {shape}" for path, shape in needed.items() if there.get(path) != shape]
+    if ours or theirs:
+        # The first ones of each side, so that neither crowds out the other.
+        shown = sorted(ours[:LISTED] + theirs[:LISTED], key=lambda line: line[2:])
+        if more := len(ours) + len(theirs) - len(shown):
+            shown.append(f"... and {more} more")
         raise ValueError(
             f"{where} is of another model (- saved, + expected by this config):\n  "
             + "\n  ".join(shown)

@@ -36,10 +36,10 @@ def test_throughput_and_remaining_time(clock):
 def test_lines_go_to_standard_output_and_no_bar_to_a_file(capsys):
     progress = Progress(start_step=0, total_steps=4, batch_size=8)
     progress.show(2)
-    progress.say("step 2/4")
+    progress.say(2, "loss 0.5")
     progress.close()
     captured = capsys.readouterr()
-    assert captured.out == "step 2/4\n" and captured.err == ""
+    assert captured.out == "step 2/4  loss 0.5\n" and captured.err == ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Training metrics, summed on the device between two lines.
+
+A line is fetched and written one call of the program after it ended, while the device already works
+on the next, so that logging never makes it wait.
+"""
+
+from typing import Any
+
+import jax
+
+from attnzoom_jax.training.checkpoint import Checkpoints
+from attnzoom_jax.training.progress import Progress, format_duration
+from attnzoom_jax.training.step import NO_STEP, add_metrics, zero_metrics
+from attnzoom_jax.training.writer import MetricWriter
+
+
+class TrainingLog:
+    """Sums metrics on the device and writes them as lines.
+
+    Args:
+        writer: takes the metrics.
+        progress: takes the lines for people.
+        checkpoints: name the last good one when the loss is not finite.
+    """
+
+    def __init__(self, writer: MetricWriter, progress: Progress, checkpoints: Checkpoints) -> None:
+        self.writer, self.progress, self.checkpoints = writer, progress, checkpoints
+        self.sums = zero_metrics()
+        self.pending: tuple[int, Any, Any] | None = None
+        self.is_first = True
+
+    def add(self, step: int, metrics: Any) -> None:
+        """Count the metrics of the steps up to `step`."""
+        if self.is_first:
+            jax.block_until_ready(metrics)  # compilation is no part of the throughput
+            self.progress.skip(step)
+            self.is_first = False
+        self.sums = add_metrics(self.sums, metrics)
+        self.flush()
+        self.progress.show(step)
+
+    def cut(self, step: int, learning_rate: Any) -> None:
+        """End the line at `step`."""
+        self.pending = (step, self.sums, learning_rate)
+        self.sums = zero_metrics()
+
+    def flush(self) -> None:
+        """Write the line that ended last, if it is not written yet."""
+        if self.pending is None:
+            return
+        step, sums, learning_rate = self.pending
+        self.pending = None
+        sums = jax.device_get(sums)
+        _stop_if_not_finite(sums, self.checkpoints)
+        count = int(sums["steps"])
+        values = {f"train/{name}": float(sums[name]) / count for name in ("loss", "top1")}
+        line = f"loss {values['train/loss']:.4f}  top-1 {values['train/top1']:.3f}"
+        values["train/grad_norm"] = float(sums["grad_norm"]) / count
+        values["learning_rate"] = float(learning_rate)
+        speed = self.progress.measure(step)
+        if speed:
+            values["images_per_second"] = speed[0]
+            line += f"  {speed[0]:.0f} images/s  ETA {format_duration(speed[1])}"
+        self.writer.write(step, values)
+        self.progress.say(step, line)
+
+
+def _stop_if_not_finite(metrics: Any, checkpoints: Checkpoints) -> None:
+    if metrics["bad_step"] == NO_STEP:
+        return
+    checkpoints.wait()
+    last = checkpoints.last_step()
+    good = f"the last good checkpoint is step {last}" if last else "there is no checkpoint yet"
+    raise FloatingPointError(
+        f"the loss or its gradient is NaN or infinite at step {metrics['bad_step']}; {good} in "
+        f"{checkpoints.folder}; lower optimizer.learning_rate or set optimizer.clip_norm"
+    )

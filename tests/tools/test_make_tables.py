@@ -1,0 +1,54 @@
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SPEC = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "make_tables.py")
+make_tables = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(make_tables)
+
+RUN = {
+    "device_count": 1,
+    "device_kind": "cpu",
+    "versions": {"jax": "0.0"},
+    "duration_s": 90.0,
+    "commit": "abc",
+}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    evaluation = {"metrics": {"test/top1": 0.9}, "overrides": {"seed": 3}, "seed": 3, "step": 20}
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    (folder / "run.json").write_text(json.dumps(RUN))
+    lines = [{"step": 10, "train/loss": 1.0}, {"step": 20, "validation/top1": 0.8}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_recorded_run_fills_its_table_and_filling_again_changes_nothing(workdir, tmp_path):
+    make_tables.record(workdir, "it", root=tmp_path)
+    text = "before\n<!-- table it test/top1 -->\nstale\n<!-- end -->\nafter\n"
+    filled = make_tables.write_tables(text, root=tmp_path)
+    assert "| test/top1 | 0.9 |" in filled
+    assert "0.800 (20)" in filled
+    assert "--config.seed=3" in filled
+    assert "stale" not in filled
+    assert filled.startswith("before\n")
+    assert filled.endswith("<!-- end -->\nafter\n")
+    assert make_tables.write_tables(filled, root=tmp_path) == filled
+
+
+def test_a_run_without_evaluation_says_what_to_do(workdir, tmp_path):
+    (workdir / "eval.json").unlink()
+    with pytest.raises(ValueError, match=r"python eval\.py --workdir="):
+        make_tables.record(workdir, "it", root=tmp_path)
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert make_tables.write_tables(path.read_text()) == path.read_text(), path.name
