@@ -15,6 +15,7 @@ from absl import flags
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attnzoom_jax import attribution, cli
+from attnzoom_jax.data.augment import center_crop
 from attnzoom_jax.data.pipeline import Resize
 from attnzoom_jax.data.source import open_source
 from attnzoom_jax.errors import unknown_name
@@ -120,14 +121,15 @@ def explain(
 
 
 def from_split(trained: TrainedModel, split: str, count: int) -> Examples:
-    """The first images of a split."""
+    """The first images of a split, cropped as evaluation crops them."""
     data = trained.config.data
     source = open_source(data.name, split=split, data_dir=data.dir)
     resize = Resize(data.resize, data.image_size)
     examples = [source[i] for i in range(min(count, len(source)))]
+    images: Any = np.stack([resize(example["image"]) for example in examples])
     return Examples(
         names=[f"{split}_{i:05d}" for i in range(len(examples))],
-        images=np.stack([resize(example["image"]) for example in examples]),
+        images=np.asarray(center_crop(images, size=data.crop_size or None)),
         labels=np.array([int(example["label"]) for example in examples]),
         rejected=[],
     )

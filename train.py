@@ -99,6 +99,12 @@ def train(
     folder.write("run.json", {**info, "duration_s": None})
     writer = MetricWriter(folder.path, start_step=step)
 
+    print(
+        f"training {config.model.name} on {config.data.name}: steps {step + 1} to {last}, "
+        f"{config.data.batch_size} images each; compiling ...",
+        flush=True,
+    )
+
     # The loop. `advance` does as many steps as it can up to the next boundary.
     on_device = config.data.cache == "device"
     advance = (_on_device if on_device else _from_host)(config, experiment, mesh, step)

@@ -58,6 +58,7 @@ def without_timing(folder):
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["host", "device"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, cache, root):
     one_device = jax.devices()[:1]

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 import eval as eval_programme
+import explain
 import train
+from attnzoom_jax.data.source import open_source
+from attnzoom_jax.evaluation.restore import restore_model
+from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
 from attnzoom_jax.training.writer import read_metrics
 from configs import demo
@@ -161,6 +165,21 @@ def test_a_run_without_a_best_metric_keeps_the_last(tmp_path):
     assert "test/top1" in eval_programme.evaluate(str(tmp_path), checkpoint="last")
     with pytest.raises(ValueError, match="--checkpoint=last"):
         eval_programme.evaluate(str(tmp_path))
+
+
+def test_what_is_cropped_in_training_is_cropped_elsewhere(tmp_path):
+    cropped = config(total_steps=1, **{"data.crop_size": 24})
+    run(tmp_path, cropped)
+    assert eval_programme.evaluate(str(tmp_path))["test/count"] == 60
+    trained = restore_model(str(tmp_path), mesh=sharding.create_mesh(ONE_DEVICE))
+    assert trained.image_shape == (24, 24, 3)
+    examples = explain.from_split(trained, "test", 2)
+    source = open_source("fine_shapes/tiny", split="test")
+    for i in range(2):
+        np.testing.assert_array_equal(examples.images[i], source[i]["image"][4:28, 4:28])
+    arrays = explain.explain(trained, examples, tmp_path / "explain")
+    assert np.isfinite(arrays["grad_cam"]).all()
+    assert (tmp_path / "explain" / "contact_sheet.png").exists()
 
 
 def test_training_learns(tmp_path):

@@ -7,7 +7,9 @@ Images come out as uint8 RGB: grey ones get three equal channels, alpha is dropp
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -179,7 +181,8 @@ def build_embedded(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
         return builder
     print(f"building the embedded data set {name} in {root} ...", flush=True)
     try:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download there is not
+            builder.download_and_prepare()
     except OSError:
         # TFDS moves a finished folder into place: another process may have been quicker.
         builder = embedded_builder(name, root)
