@@ -38,7 +38,13 @@ def evaluate(workdir: str, *, checkpoint: str = "best", config: Any = None) -> d
     metrics: dict[str, float] = {}
     for name, evaluator in evaluators.items():
         print(f"evaluating {name} (checkpoint {trained.step}) ...", flush=True)
-        metrics.update(evaluator.run(trained.variables))
+        new = evaluator.run(trained.variables)
+        twice = metrics.keys() & new.keys()
+        if twice:
+            raise ValueError(
+                f"evals.{name} and one before it both give {min(twice)!r}; set evals.{name}.prefix"
+            )
+        metrics.update(new)
     folder = Workdir(workdir)
     folder.write(
         "eval.json",

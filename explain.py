@@ -5,6 +5,7 @@ Writes a picture per image, contact_sheet.png and the raw maps (maps.npz).
 
 import dataclasses
 import glob
+import itertools
 import pathlib
 from typing import Any
 
@@ -152,11 +153,17 @@ def from_files(trained: TrainedModel, pattern: str) -> Examples:
             rejected.append(path)
             continue
         stem = pathlib.Path(path).stem
-        names.append(stem if stem not in names else f"{stem}_{len(names)}")
+        names.append(_unused(stem, {*names, "contact_sheet"}))
         images.append(np.asarray(image))
     if not images:
         raise ValueError(f"none of the {len(paths)} files of --images={pattern!r} is an image")
     return Examples(names, np.stack(images), np.full(len(images), -1), rejected)
+
+
+def _unused(name: str, used: set[str]) -> str:
+    """The name, or the first of name_2, name_3, ... that is not used."""
+    candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in used)
 
 
 def _targets(target: str, examples: Examples, num_classes: int) -> np.ndarray:

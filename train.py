@@ -68,6 +68,7 @@ def train(
         create_evaluator(model=experiment.model, data=config.data, mesh=mesh, **config.evals[name])
         for name in config.train_evals
     ]
+    folder.claim(config, overrides or {})
     state = create_state(
         experiment.model,
         experiment.optimizer,
@@ -76,7 +77,6 @@ def train(
         mesh=mesh,
         use_ema=config.ema_decay > 0,
     )
-    folder.claim(config, overrides or {})
 
     # Where the run stands: its own last checkpoint, else the beginning.
     checkpoints = Checkpoints(

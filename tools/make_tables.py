@@ -1,10 +1,10 @@
 """Result files and the tables made of them: no number in the documentation is typed by hand.
 
-    python tools/make_tables.py --record=runs/demo --name=demo    # runs/demo -> results/demo.json
-    python tools/make_tables.py                                   # writes the tables anew
-    python tools/make_tables.py --check                           # exit code 1 where one is not true
+    python tools/make_tables.py --record=runs/demo --name=demo   # runs/demo -> results/demo.json
+    python tools/make_tables.py                                  # writes the tables anew
+    python tools/make_tables.py --check                          # exit code 1 where one is stale
 
-A table stands between `<!-- table NAME METRIC METRIC ... -->` and `<!-- end -->` in a Markdown file.
+A table stands between `<!-- table NAME METRIC ... -->` and `<!-- end -->` in a Markdown file.
 """
 
 import argparse
@@ -60,7 +60,9 @@ def _table(result: dict[str, Any], metrics: list[str]) -> str:
     evaluation, run = result["eval"], result["run"]
     rows = [f"| {name} | {evaluation['metrics'][name]:.4g} |" for name in metrics]
     curve = ", ".join(f"{line['validation/top1']:.3f} ({line['step']})" for line in result["curve"])
-    overrides = " ".join(f"--config.{key}={value}" for key, value in evaluation["overrides"].items())
+    overrides = " ".join(
+        f"--config.{key}={value}" for key, value in evaluation["overrides"].items()
+    )
     facts = [
         ("validation top-1 (step)", curve),
         ("overrides", f"`{overrides}`" if overrides else "none"),
