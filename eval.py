@@ -14,13 +14,22 @@ from attnzoom_jax.training import sharding
 from attnzoom_jax.training.workdir import Workdir, provenance, to_plain
 
 
-def evaluate(workdir: str, *, checkpoint: str = "best", config: Any = None) -> dict[str, float]:
+def evaluate(
+    workdir: str,
+    *,
+    checkpoint: str = "best",
+    config: Any = None,
+    overrides: dict[str, Any] | None = None,
+    data_dir: str = "",
+) -> dict[str, float]:
     """Evaluate a checkpoint of a run and write eval.json.
 
     Args:
         workdir: folder of the run.
         checkpoint: "best", "last" or a step.
         config: instead of the run's own.
+        overrides: what the command line changed in that config.
+        data_dir: folder of prepared data sets, instead of the config's.
 
     Returns:
         {"split/metric": value}.
@@ -29,7 +38,9 @@ def evaluate(workdir: str, *, checkpoint: str = "best", config: Any = None) -> d
         ValueError: what a person can mend, in one message.
     """
     mesh = sharding.create_mesh()
-    trained = restore_model(workdir, checkpoint=checkpoint, config=config, mesh=mesh)
+    trained = restore_model(
+        workdir, checkpoint=checkpoint, config=config, data_dir=data_dir, mesh=mesh
+    )
     config = trained.config
     evaluators = {
         name: create_evaluator(model=trained.model, data=config.data, mesh=mesh, **options)
@@ -54,7 +65,7 @@ def evaluate(workdir: str, *, checkpoint: str = "best", config: Any = None) -> d
             "seed": config.seed,
             **provenance(),
             "config": to_plain(config),
-            "overrides": folder.overrides(),
+            "overrides": folder.overrides() if overrides is None else to_plain(overrides),
         },
     )
     return metrics
@@ -64,11 +75,7 @@ def print_table(metrics: dict[str, float]) -> None:
     """Print metrics, one per line."""
     width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(
-            f"  {name:<{width}}  {value:>8d}"
-            if name.endswith("count")
-            else f"  {name:<{width}}  {value:>8.4f}"
-        )
+        print(f"  {name:<{width}}  {value:>8{'d' if name.endswith('count') else '.4f'}}")
 
 
 def main() -> None:
@@ -77,7 +84,14 @@ def main() -> None:
     workdir = flags.FLAGS.workdir
     used = Workdir(workdir).config() if config is None else config
     cli.start_devices(used.platform, compile_cache=used.compile_cache)
-    print_table(evaluate(workdir, checkpoint=flags.FLAGS.checkpoint, config=config))
+    metrics = evaluate(
+        workdir,
+        checkpoint=flags.FLAGS.checkpoint,
+        config=config,
+        overrides=None if config is None else cli.config_overrides(),
+        data_dir=flags.FLAGS.data_dir,
+    )
+    print_table(metrics)
     print(f"written to {workdir}/eval.json", flush=True)
 
 
@@ -85,5 +99,6 @@ if __name__ == "__main__":
     cli.define_config_flag("Config file, instead of the config that the run was trained with")
     flags.DEFINE_string("workdir", None, "Folder of the run")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
+    flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")
     flags.mark_flag_as_required("workdir")
     cli.run(main)

@@ -9,14 +9,15 @@ import itertools
 import pathlib
 from typing import Any
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attnzoom_jax import attribution, cli
 from attnzoom_jax.data.augment import center_crop
+from attnzoom_jax.data.image_file import read_image
 from attnzoom_jax.data.pipeline import Resize
 from attnzoom_jax.data.source import open_source
 from attnzoom_jax.errors import unknown_name
@@ -127,34 +128,40 @@ def from_split(trained: TrainedModel, split: str, count: int) -> Examples:
     source = open_source(data.name, split=split, data_dir=data.dir)
     resize = Resize(data.resize, data.image_size)
     examples = [source[i] for i in range(min(count, len(source)))]
-    images: Any = np.stack([resize(example["image"]) for example in examples])
+    images = np.stack([resize(example["image"]) for example in examples])
     return Examples(
         names=[f"{split}_{i:05d}" for i in range(len(examples))],
-        images=np.asarray(center_crop(images, size=data.crop_size or None)),
+        images=center_crop(images, size=data.crop_size or None),
         labels=np.array([int(example["label"]) for example in examples]),
         rejected=[],
     )
 
 
 def from_files(trained: TrainedModel, pattern: str) -> Examples:
-    """Image files, squashed to the size that the model takes; a file that is no image is named."""
+    """Image files, resized as the run resizes images; a file that is no image is named.
+
+    A run that does not resize has images of one size: there the files are squashed to it.
+    """
     paths = sorted(glob.glob(pattern))
     if not paths:
         raise ValueError(f"--images={pattern!r} matches no file")
-    h, w, _ = trained.image_shape
+    data, (h, w, _) = trained.config.data, trained.image_shape
+    resize = Resize(data.resize, data.image_size)
     names, images, rejected = [], [], []
     for path in paths:
         try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB").resize((w, h))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            reason = str(error).replace("\n", " ")
-            print(f"left out: {path} is no readable image ({reason})", flush=True)
+            image = read_image(path)
+        except ValueError as error:
+            print(f"left out: {error}", flush=True)
             rejected.append(path)
             continue
+        if data.resize == "none":
+            image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
+        else:
+            image = center_crop(resize(image)[None], size=data.crop_size or None)[0]
         stem = pathlib.Path(path).stem
         names.append(_unused(stem, {*names, "contact_sheet"}))
-        images.append(np.asarray(image))
+        images.append(image)
     if not images:
         raise ValueError(f"none of the {len(paths)} files of --images={pattern!r} is an image")
     return Examples(names, np.stack(images), np.full(len(images), -1), rejected)
@@ -212,7 +219,9 @@ def main() -> int:
     config = Workdir(given.workdir).config()
     cli.start_devices(config.platform, compile_cache=config.compile_cache)
     mesh = sharding.create_mesh(jax.devices()[:1])
-    trained = restore_model(given.workdir, checkpoint=given.checkpoint, mesh=mesh)
+    trained = restore_model(
+        given.workdir, checkpoint=given.checkpoint, data_dir=given.data_dir, mesh=mesh
+    )
     if given.images:
         examples = from_files(trained, given.images)
     else:
@@ -227,6 +236,7 @@ def main() -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
+    flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")
     flags.DEFINE_string("images", "", "Image files, as a quoted pattern; default: a split's first")
     flags.DEFINE_string("split", "test", "Split to take images from")
     flags.DEFINE_integer("count", 16, "Number of images from the split", lower_bound=1)

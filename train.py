@@ -95,8 +95,17 @@ def train(
         print(f"nothing to do: {workdir} is trained to step {step}", flush=True)
         checkpoints.close()
         return state
-    info = {**provenance(), "seed": config.seed, "start": _now(), "start_step": step}
-    folder.write("run.json", {**info, "duration_s": None})
+    before = folder.run_info() if step else {}
+    info = {
+        **provenance(),
+        "seed": config.seed,
+        "start": before.get("start", _now()),
+        "duration_s": before.get("duration_s", 0.0),  # of all processes that trained this run
+        "steps": step,
+        "class_names": experiment.source.class_names,
+        "image_shape": experiment.image_shape,
+    }
+    folder.write("run.json", info)
     writer = MetricWriter(folder.path, start_step=step)
 
     print(
@@ -133,6 +142,8 @@ def train(
             progress.say(step, "  ".join(f"{name} {value:.4g}" for name, value in results.items()))
             best.update(results)
             checkpoints.save(step, state, results)
+            seconds = info["duration_s"] + time.monotonic() - started
+            folder.write("run.json", {**info, "steps": step, "duration_s": round(seconds, 1)})
             progress.skip(step)
 
     # The end: everything on disk before the run is called done.
@@ -141,9 +152,8 @@ def train(
     progress.close()
     if best.stop_early:
         print(f"stopped early: {config.best_metric} did not improve for {best.since} evaluations")
-    duration = time.monotonic() - started
-    folder.write("run.json", {**info, "steps": step, "duration_s": round(duration, 1)})
-    print(f"done: {step} steps in {format_duration(duration)}; results in {workdir}", flush=True)
+    duration = format_duration(time.monotonic() - started)
+    print(f"done: step {step} after {duration}; results in {workdir}", flush=True)
     return state
 
 

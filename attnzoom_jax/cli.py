@@ -93,7 +93,11 @@ def _explain_flag_error(error: Exception, argv: list[str]) -> str:
 def _unknown_config_key(argv: list[str]) -> ValueError | None:
     """The error for the first --config.key that the config does not have."""
     words = [word.lstrip("-") for word in argv[1:] if word.startswith("-")]
-    file = next(word.partition("=")[2] for word in words if word.startswith("config="))
+    file = next((word.partition("=")[2] for word in words if word.startswith("config=")), None)
+    if file is None and "config" in words:  # --config FILE
+        file = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else None
+    if file is None:
+        return None
     known = flatten(to_plain(flags.FLAGS["config"].parser.parse(file)))
     for word in words:
         key = word.partition("=")[0].removeprefix("config.")

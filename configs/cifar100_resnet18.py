@@ -21,14 +21,16 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     default.use_cifar100(config)
     config.total_epochs = 200.0
     config.augment.update({"crop_padding": 4, "flip": True})
-    config.model = {"name": "resnet18", "stem": "cifar", "width": 64}
-    config.optimizer = {
-        "name": "sgd",
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "weight_decay_mask": ".*",
-    }
-    config.schedule = {"name": "cosine", "warmup_epochs": 1.0}
+    config.model.update({"name": "resnet18", "stem": "cifar", "width": 64})
+    config.optimizer.update(
+        {
+            "name": "sgd",
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "weight_decay_mask": ".*",
+        }
+    )
+    config.schedule.update({"name": "cosine", "warmup_epochs": 1.0})
     return default.in_mode(config, mode)

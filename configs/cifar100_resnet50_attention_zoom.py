@@ -27,17 +27,21 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.total_epochs = 50.0
     config.early_stopping = 5
     config.augment.update({"crop_padding": 4, "flip": True, "auto_augment": "cifar10"})
-    config.model = {
-        "name": "resnet50",
-        "stem": "imagenet",
-        "width": 64,
-        "insert": {"stem": {"name": "attention_zoom", "threshold": 0.5, "zoom_kernel": 3}},
-    }
-    config.optimizer = {
-        "name": "adam",
-        "learning_rate": 7e-4,
-        "weight_decay": 1e-4,
-        "weight_decay_mask": ".*",
-    }
-    config.schedule = {"name": "one_cycle"}
+    config.model.update(
+        {
+            "name": "resnet50",
+            "stem": "imagenet",
+            "width": 64,
+            "insert": {"stem": {"name": "attention_zoom", "threshold": 0.5, "zoom_kernel": 3}},
+        }
+    )
+    config.optimizer.update(
+        {
+            "name": "adam",
+            "learning_rate": 7e-4,
+            "weight_decay": 1e-4,
+            "weight_decay_mask": ".*",
+        }
+    )
+    config.schedule.update({"name": "one_cycle"})
     return default.in_mode(config, mode)

@@ -1,6 +1,7 @@
 """Every key of a config with its simplest value; the experiments change what they need."""
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -36,9 +37,47 @@ def get_config() -> ml_collections.ConfigDict:
                 "cutmix": 0.0,
             },
             "label_smoothing": 0.0,
-            "model": {"name": "", "insert": {}},  # and the model's own fields
-            "optimizer": {"name": "sgd", "learning_rate": 0.1},  # see training/optimizer.py
-            "schedule": {"name": "cosine"},
+            "model": {  # None: what the name stands for
+                "name": "",
+                "stem": placeholder(str),  # "imagenet", "cifar", "small"
+                "width": placeholder(int),  # channels of the first stage
+                "stage_sizes": placeholder(tuple),  # of the free-form model "resnet", as is block
+                "block": placeholder(str),  # "basic", "bottleneck"
+                "shortcut": placeholder(str),  # "projection", "pad"
+                "zero_init_residual": placeholder(bool),
+                "dtype": placeholder(str),  # of the computation: "float32", "bfloat16"
+                "insert": {},  # {path: {"name": layer, **its fields}}
+            },
+            "optimizer": {  # see training/optimizer.py; None: its default
+                "name": "sgd",  # "sgd", "adam", "adamw", "lamb"
+                "learning_rate": 0.1,
+                "weight_decay": placeholder(float),
+                "weight_decay_mask": placeholder(str),  # pattern of parameter paths
+                "clip_norm": placeholder(float),
+                "learning_rate_multipliers": placeholder(tuple),  # (pattern, factor) pairs
+                "momentum": placeholder(float),  # of sgd
+                "nesterov": placeholder(bool),
+                "b1": placeholder(float),  # of the others
+                "b2": placeholder(float),
+                "eps": placeholder(float),
+            },
+            "schedule": {  # see training/schedule.py; None: its default
+                "name": "cosine",  # "constant", "cosine", "step", "one_cycle", "plateau"
+                "warmup_steps": placeholder(int),
+                "warmup_epochs": placeholder(float),
+                "decay_steps": placeholder(int),  # of "step"
+                "decay_epochs": placeholder(float),
+                "boundary_steps": placeholder(tuple),
+                "boundary_epochs": placeholder(tuple),
+                "factor": placeholder(float),  # of "step" and "plateau"
+                "patience": placeholder(int),  # of "plateau", in evaluations
+                "threshold": placeholder(float),
+                "mode": placeholder(str),  # "min", "max"
+                "metric": placeholder(str),
+                "pct_start": placeholder(float),  # of "one_cycle"
+                "div_factor": placeholder(float),
+                "final_div_factor": placeholder(float),
+            },
             "ema_decay": 0.0,  # of averaged parameters, with which is evaluated; 0: off
             "log_every_steps": 50,
             "eval_every_steps": 0,  # evaluation and checkpoint; 0: ...
@@ -87,6 +126,6 @@ def in_mode(config: ml_collections.ConfigDict, mode: str) -> ml_collections.Conf
     config.model.width = 8
     config.update({"total_steps": 4, "total_epochs": 0.0, "log_every_steps": 2})
     config.update({"eval_every_steps": 2, "eval_every_epochs": 0.0})
-    config.schedule = {k: v for k, v in config.schedule.items() if not k.startswith("warmup")}
+    config.schedule.update({"warmup_steps": None, "warmup_epochs": None})
     config.evals.validation.split = "validation"
     return config

@@ -22,15 +22,18 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.total_steps = 1000
     config.data.update({"name": "fine_shapes", "batch_size": 32})
     config.augment.flip = True
-    config.model = {
-        "name": "resnet18",
-        "stem": "small",
-        "width": 16,
-        "stage_sizes": (1, 1, 1, 1),
-        "insert": {"stage2": {"name": "attention_zoom", "threshold": 0.9, "zoom_init": "bilinear"}},
-    }
-    config.optimizer = {"name": "adam", "learning_rate": 3e-3}
-    config.schedule = {"name": "one_cycle"}
+    config.model.update(
+        {
+            "name": "resnet10",
+            "stem": "small",
+            "width": 16,
+            "insert": {
+                "stage2": {"name": "attention_zoom", "threshold": 0.9, "zoom_init": "bilinear"}
+            },
+        }
+    )
+    config.optimizer.update({"name": "adam", "learning_rate": 3e-3})
+    config.schedule.update({"name": "one_cycle"})
     config.log_every_steps = 100
     config.eval_every_steps, config.eval_every_epochs = 500, 0.0
     config.evals.localization = {"name": "localize", "split": "test", "tap": ""}

@@ -143,7 +143,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
 def config() -> Any:
     base: Any = demo.get_config("tiny")
     base.model = {
-        "name": "resnet18",
+        "name": "resnet",
         "stem": "small",
         "width": 4,
         "stage_sizes": (1,),

@@ -14,7 +14,7 @@ from configs import demo
 def config(optimizer, *, cache="host", **changes) -> Any:
     base: Any = demo.get_config("tiny")
     base.model = {
-        "name": "resnet18",
+        "name": "resnet",
         "stem": "small",
         "width": 4,
         "stage_sizes": (1,),

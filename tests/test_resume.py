@@ -31,7 +31,7 @@ def config(cache) -> Any:
     """Everything on that has randomness or a memory."""
     base: Any = demo.get_config("tiny")
     base.model = {
-        "name": "resnet18",
+        "name": "resnet",
         "stem": "small",
         "width": 4,
         "stage_sizes": (1,),

@@ -22,7 +22,7 @@ ONE_DEVICE = jax.devices()[:1]
 
 def config(**changes) -> Any:
     base: Any = demo.get_config("tiny")
-    base.model = {"name": "resnet18", "stem": "small", "width": 4, "stage_sizes": (1,)}
+    base.model = {"name": "resnet", "stem": "small", "width": 4, "stage_sizes": (1,)}
     base.optimizer = {"name": "sgd", "learning_rate": 0.05}
     base.schedule = {"name": "constant"}
     base.evals.localization.masks = ("object_mask",)

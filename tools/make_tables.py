@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
+MACHINE_KEYS = ("compile_cache", "data.dir")
 TABLE = re.compile(r"(<!-- table (\S+) ([^>]*?) ?-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,6 +38,11 @@ def record(workdir: pathlib.Path, name: str, root: pathlib.Path = ROOT) -> pathl
     evaluation = json.loads((workdir / "eval.json").read_text())
     run = json.loads((workdir / "run.json").read_text())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    # Folders of the machine at hand are of no use to others.
+    for key in MACHINE_KEYS:
+        evaluation["overrides"].pop(key, None)
+        evaluation["config"].pop(key, None)
+    evaluation["config"]["data"].pop("dir", None)
     curve = [line for line in lines if any(key.startswith("validation/") for key in line)]
     content = {"eval": evaluation, "run": run, "curve": curve}
     path = root / "results" / f"{name}.json"

@@ -9,7 +9,7 @@ cued class before the softmax,
 The final ReLU is `ops.maps.positive`, applied by whoever wants it: a raw map can be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,56 +20,69 @@ from attnzoom_jax.attribution.program import Program, trace
 
 
 def grad_cam(
-    fn: Callable[[jax.Array], Any], images: jax.Array, targets: jax.Array, *, tap: str
-) -> jax.Array:
-    """Grad-CAM at a tap.
+    fn: Callable[[jax.Array], Any],
+    images: jax.Array,
+    targets: jax.Array,
+    *,
+    tap: str | Sequence[str],
+) -> Any:
+    """Grad-CAM at a tap, or at several in one pass.
 
     Args:
         fn: images [n, h, w, c] -> logits [n, k]; each image's logits depend on that image alone.
         images: [n, h, w, c].
         targets: class ids int [n], or weights of the logits float [n, k].
-        tap: name of a tap of shape [n, h', w', c'].
+        tap: name of a tap of shape [n, h', w', c'], or a list of such names.
 
     Returns:
-        Raw float32 maps [n, h', w'], signed, neither rescaled nor normalised.
+        Raw float32 maps [n, h', w'], signed, neither rescaled nor normalised; for a list of taps
+        {tap: maps}. Under jit a class id out of range gives a map of NaN.
 
     Raises:
-        ValueError: unknown tap, tap without spatial axes, logits or targets of a wrong shape.
+        ValueError: unknown tap, tap without spatial axes, logits or targets of a wrong shape, class
+            id out of range.
     """
-    activations, gradients = gradient_at_tap(fn, images, targets, tap=tap)
-    weights = gradients.mean(axis=(1, 2))  # [n, c']
-    return jnp.einsum("nc,nhwc->nhw", weights, activations)
+    taps = [tap] if isinstance(tap, str) else list(tap)
+    values = gradients_at_taps(fn, images, targets, taps=taps)
+    maps = {}
+    for name, (activations, gradients) in values.items():
+        weights = gradients.mean(axis=(1, 2))  # [n, c']
+        maps[name] = jnp.einsum("nc,nhwc->nhw", weights, activations)
+    return maps[tap] if isinstance(tap, str) else maps
 
 
-def gradient_at_tap(
-    fn: Callable[[jax.Array], Any], images: jax.Array, targets: jax.Array, *, tap: str
-) -> tuple[jax.Array, jax.Array]:
-    """Activations at a tap and the gradient of each image's own score by them.
+def gradients_at_taps(
+    fn: Callable[[jax.Array], Any], images: jax.Array, targets: jax.Array, *, taps: Sequence[str]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Activations at taps and the gradient of each image's own score by them.
 
     Args:
         fn: images [n, h, w, c] -> logits [n, k].
         images: [n, h, w, c].
         targets: class ids int [n], or weights of the logits float [n, k].
-        tap: name of a tap of shape [n, h', w', c'].
+        taps: names of taps of shape [n, h', w', c'].
 
     Returns:
-        Two float32 arrays [n, h', w', c'].
+        {tap: (activations, gradients)}, float32 [n, h', w', c'] each.
 
     Raises:
         ValueError: as `grad_cam`.
     """
     program = trace(fn, images)
-    _check_spatial(program, tap, images.shape[0])
-    shape = program.taps[tap]
+    for tap in taps:
+        _check_spatial(program, tap, images.shape[0])
 
-    def score(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, values = program.run(images, read=[tap], add={tap: delta})
-        return target_score(logits, targets).sum(), values[tap]
+    def score(deltas: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits, values = program.run(images, read=taps, add=deltas)
+        return target_score(logits, targets).sum(), values
 
     # The gradient by an addition of zero at the tap: nothing below the tap is differentiated.
-    zeros = jnp.zeros(shape.shape, shape.dtype)
+    zeros = {tap: jnp.zeros(program.taps[tap].shape, program.taps[tap].dtype) for tap in taps}
     gradients, activations = jax.grad(score, has_aux=True)(zeros)
-    return activations.astype(jnp.float32), gradients.astype(jnp.float32)
+    return {
+        tap: (activations[tap].astype(jnp.float32), gradients[tap].astype(jnp.float32))
+        for tap in taps
+    }
 
 
 def target_score(logits: Any, targets: jax.Array) -> jax.Array:
@@ -80,7 +93,7 @@ def target_score(logits: Any, targets: jax.Array) -> jax.Array:
         targets: class ids int [n] in [0, k), or weights float [n, k].
 
     Returns:
-        Float32 scores [n].
+        Float32 scores [n]; under jit NaN for a class id out of range.
 
     Raises:
         ValueError: logits that are no float array [n, k], targets of another shape or range.
@@ -106,7 +119,8 @@ def target_score(logits: Any, targets: jax.Array) -> jax.Array:
         for extreme in (int(targets.min()), int(targets.max())):
             if not 0 <= extreme < k:
                 raise ValueError(f"target {extreme} is out of range for {k} classes")
-    return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    targets = jnp.where(targets < 0, k, targets)  # a negative index would count from the end
+    return jnp.take_along_axis(logits, targets[:, None], axis=1, mode="fill")[:, 0]
 
 
 def _check_spatial(program: Program, tap: str, n: int) -> None:

@@ -2,9 +2,9 @@
 
 `jax.ad_checkpoint.checkpoint_name(x, "stage3")` leaves one `name` equation in the jaxpr of any JAX
 function, also under jit, vmap, grad and remat. `trace` turns the function into a flat list of
-steps: calls (jit, remat, custom derivatives) that hold a tap are inlined, a scan that holds one is
-unrolled and its taps become `name#t`; everything else stays one step. Only this file knows how JAX
-represents a program.
+steps: calls (jit, remat) that hold a tap are inlined, a scan that holds one is unrolled and its
+taps become `name#t`; everything else stays one step. Only this file knows how JAX represents a
+program.
 """
 
 import dataclasses
@@ -19,16 +19,7 @@ from jax.extend import core
 from attnzoom_jax.errors import unknown_name
 
 # The call-like primitives that may be inlined, and the parameter that holds what they call.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
+CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +111,8 @@ def trace(fn: Callable[..., Any], *args: Any) -> Program:
         The program; a tap name that occurs again gets `#1`, `#2`, ...
 
     Raises:
-        ValueError: a tap inside a while loop, a cond or a custom kernel, which has no single value.
+        ValueError: a tap inside a while loop or a cond, where it has no single value, or inside a
+            function with its own derivative, which inlining would lose.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     flattened = _Flattening()
@@ -218,6 +210,11 @@ def _body_with_tap(equation: Any) -> Any | None:
         return _close(equation.params[CALLS[primitive]])
     if primitive == "scan":
         return _unroll(equation)
+    if primitive.startswith("custom_"):
+        raise ValueError(
+            f"a tap inside a function with its own derivative ({primitive}) would lose that "
+            "derivative; mark the tap outside of that function"
+        )
     raise ValueError(
         f"a tap inside {primitive!r} has no single value; move the tap out of it, or unroll it"
     )

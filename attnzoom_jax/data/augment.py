@@ -6,6 +6,7 @@ on uint8 images and come before `normalize`; mixup and cutmix mix float images a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,15 +98,15 @@ def random_crop(
     return jax.vmap(window)(padded, y, x)
 
 
-def center_crop(images: jax.Array, *, size: int | tuple[int, int] | None = None) -> jax.Array:
+def center_crop(images: Any, *, size: int | tuple[int, int] | None = None) -> Any:
     """Cuts the central window, as evaluation does where training crops at random.
 
     Args:
-        images: [n, h, w, c], any dtype.
+        images: [n, h, w, c], any dtype, of JAX or NumPy.
         size: side of the window in pixels, or (height, width); None: the images' size.
 
     Returns:
-        [n, h', w', c], the dtype of images.
+        [n, h', w', c], of the same kind and dtype.
 
     Raises:
         ValueError: a window that is empty or larger than the image.

@@ -89,9 +89,11 @@ class Localize:
         total = {name: float(value) for name, value in self._split.run(variables).items()}
         count = total.pop("count")
         metrics = {name: value / count for name, value in total.items()}
-        for name in [name for name in metrics if name.endswith("_energy")]:
-            share = metrics[f"{name.removesuffix('_energy')}_share"]
-            metrics[f"{name}_ratio"] = metrics[name] / share if share else 0.0
+        for mask in self.masks:
+            energy = f"{mask.removesuffix('_mask')}_energy"
+            share = metrics[f"{mask.removesuffix('_mask')}_share"]
+            for name in [name for name in metrics if name.endswith(energy)]:
+                metrics[f"{name}_ratio"] = metrics[name] / share if share else 0.0
         return {f"{self.prefix}/{name}": metrics[name] for name in sorted(metrics)}
 
 
@@ -106,7 +108,8 @@ def _scores(kind: str, maps: jax.Array, masks: dict[str, jax.Array]) -> dict[str
         name = kind + mask.removesuffix("_mask")
         resized = ops_maps.resize(maps, (h, w))
         scores[f"{name}_energy"] = localization.energy_inside(resized, inside)
-        scores[f"{name}_share"] = localization.mask_share(inside)
         scores[f"{name}_pointing"] = localization.pointing_hit(resized, inside)
-        scores[f"{name}_center"] = inside[:, h // 2, w // 2] > 0
+        if not kind:  # of the data alone, whatever the map
+            scores[f"{name}_share"] = localization.mask_share(inside)
+            scores[f"{name}_center"] = inside[:, h // 2, w // 2] > 0
     return scores

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from attnzoom_jax.data.augment import center_crop, normalize
@@ -46,7 +47,7 @@ class EvalSplit:
         def add(sums: Sums, variables: Any, batch: dict[str, jax.Array]) -> Sums:
             return jax.tree.map(jnp.add, sums, batch_sums(variables, batch))
 
-        self._first, self._add = jax.jit(batch_sums), jax.jit(add)
+        self._batch_sums, self._add = batch_sums, jax.jit(add)
 
     def run(self, variables: Any) -> dict[str, Any]:
         """The sums over the whole split, on the host."""
@@ -60,10 +61,10 @@ class EvalSplit:
         )
         sums = None
         for batch in prefetch(batches, self._mesh):
-            if sums is None:
-                sums = self._first(variables, batch)
-            else:
-                sums = self._add(sums, variables, batch)
+            if sums is None:  # zeros, so that one compiled program serves every batch
+                shapes = jax.eval_shape(self._batch_sums, variables, batch)
+                sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+            sums = self._add(sums, variables, batch)
         return jax.device_get(sums)
 
 

@@ -61,8 +61,8 @@ class AttentionZoom(nn.Module):
         use_bias: whether both convolutions add a bias.
         zoom_init: start of W_E: "lecun_normal" or "bilinear", which makes the layer a bilinear
             zoom of the masked map at first; that needs zoom_kernel >= 2 * factor - 1.
-        dtype: type of the zoom and of the output; None takes it from input and parameters. Logits
-            and mask are float32 always.
+        dtype: type of the zoom and of the output; None: that of the input. Logits and mask are
+            float32 always.
     """
 
     threshold: float = 0.5
@@ -97,14 +97,15 @@ class AttentionZoom(nn.Module):
             name="attention_conv",
         )(x)  # [n, h, w, 1]
         mask = saturated_sigmoid(logits, threshold=self.threshold)
-        weighted = x * Gate(name="gate")(mask)
+        dtype = x.dtype if self.dtype is None else self.dtype
+        weighted = (x * Gate(name="gate")(mask)).astype(dtype)
         return _Zoom(
             factor=self.factor,
             size=self.zoom_kernel,
             depthwise=self.zoom_conv == "depthwise",
             use_bias=self.use_bias,
             kernel_init=self._zoom_init(),
-            dtype=self.dtype,
+            dtype=dtype,
             name="zoom",
         )(weighted)
 
@@ -152,7 +153,7 @@ class _Zoom(nn.Module):
     depthwise: bool
     use_bias: bool
     kernel_init: Initializer
-    dtype: Dtype | None
+    dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

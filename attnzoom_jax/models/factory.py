@@ -16,11 +16,14 @@ from attnzoom_jax.layers.factory import create_layer
 from attnzoom_jax.models.insert import Insert
 from attnzoom_jax.models.resnet import ResNet
 
+# `resnet` is free; every other name fixes what makes it that network.
 _basic = functools.partial(ResNet, block="basic")
 _bottleneck = functools.partial(ResNet, block="bottleneck")
 _cifar_resnet = functools.partial(ResNet, stem="cifar", block="basic", shortcut="pad", width=16)
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet": ResNet,
+    "resnet10": functools.partial(_basic, stage_sizes=(1, 1, 1, 1)),
     "resnet18": functools.partial(_basic, stage_sizes=(2, 2, 2, 2)),
     "resnet34": functools.partial(_basic, stage_sizes=(3, 4, 6, 3)),
     "resnet50": functools.partial(_bottleneck, stage_sizes=(3, 4, 6, 3)),
@@ -33,6 +36,8 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet56": functools.partial(_cifar_resnet, stage_sizes=(9, 9, 9)),
 }
 
+FIXED = frozenset({"stage_sizes", "block", "shortcut"})
+LINEN_FIELDS = ("parent", "name")
 MODEL_NAMES: tuple[str, ...] = tuple(_MODELS)
 
 
@@ -47,11 +52,12 @@ def create_model(
 
     The options are the fields of the model's class, and in a config the keys of `config.model`:
 
-    | models                     | class  | options                                                |
-    |----------------------------|--------|--------------------------------------------------------|
-    | resnet18 34 50 101 152     | ResNet | stem="imagenet", width=64, zero_init_residual, dtype,  |
-    | cifar_resnet20 32 44 56    | ResNet | stem="cifar", width=16, (further options as above) and |
-    |                            |        | stage_sizes, block, shortcut to change the network     |
+    | models                     | class  | options                                        |
+    |----------------------------|--------|------------------------------------------------|
+    | resnet10 18 34 50 101 152  | ResNet | stem="imagenet", width=64, zero_init_residual, |
+    |                            |        | dtype                                          |
+    | cifar_resnet20 32 44 56    | ResNet | stem="cifar", width=16, and as above           |
+    | resnet                     | ResNet | stage_sizes, block, shortcut, and as above     |
 
     Args:
         name: one of MODEL_NAMES.
@@ -70,14 +76,27 @@ def create_model(
     if name not in _MODELS:
         raise unknown_name("model", name, MODEL_NAMES)
     create = _MODELS[name]
-    # `parent` and `name` are linen's own fields.
-    fields = [f for f in inspect.signature(create).parameters if f not in ("parent", "name")]
-    for option in options:
-        if option not in fields:
-            raise unknown_name(f"option of {name}", option, fields)
-    # Configs hold lists, but linen hashes its modules.
+    fixed = FIXED.intersection(getattr(create, "keywords", ()))
+    fields = [field for field in inspect.signature(create).parameters if field not in LINEN_FIELDS]
+    # Configs name every option, None where the model's own value is wanted, and hold lists, which
+    # linen cannot hash.
+    options = {key: value for key, value in options.items() if value is not None}
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    for option in options:
+        if option in fixed:
+            raise ValueError(
+                f"{option} is what makes {name} that network; for another one take the name "
+                "'resnet' and set stage_sizes, block and shortcut"
+            )
+        if option not in fields:
+            raise unknown_name(f"option of {name}", option, [f for f in fields if f not in fixed])
     model = create(num_classes=num_classes, **options)
     if not insert:
         return model
+    for path, layer in insert.items():
+        if not isinstance(layer, Mapping) or "name" not in layer:
+            raise ValueError(
+                f"insert.{path} is {layer!r}; expected the layer's name and fields, such as "
+                '{"name": "attention_zoom", "threshold": 0.5}'
+            )
     return Insert(model, {path: create_layer(**layer) for path, layer in insert.items()})

@@ -42,16 +42,19 @@ class Insert(nn.Module):
     layers: Mapping[str, nn.Module]
 
     @nn.compact
-    def __call__(self, images: Any, *args: Any, train: bool | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, train: bool | None = None, **kwargs: Any) -> Any:
         """Run the backbone with its layers; arguments and result are the backbone's own.
 
-        `train` reaches the backbone and those layers that accept it.
+        `train` reaches the backbone and those layers that accept it, also where it is given by
+        position, as the backbone's own signature has it.
         """
-        if train is not None:
+        if train is None:
+            train = _positional_train(self.backbone, args, kwargs)
+        else:
             kwargs.update(train_argument(self.backbone, train))
         inserted = InsertedLayers(self.layers, name="inserted")
-        root = (*self.path, "backbone")
-        taps = []
+        root = self.backbone.path
+        taps = [INPUT]
 
         def visit(path: str, value: Any, module: nn.Module) -> Any:
             taps.append(path)
@@ -62,14 +65,22 @@ class Insert(nn.Module):
                 raise ValueError(
                     f"Insert at {path!r}: this module runs inside a lifted transformation (nn.jit, "
                     "nn.scan, nn.remat, nn.vmap), where the layer's variables would leak; insert "
-                    "at the transformed module itself or outside of it"
+                    "at a module outside of it"
+                )
+            if path == INPUT and module is not self:
+                raise ValueError(
+                    f"Insert at {INPUT!r} means the images, and the backbone has a module of that "
+                    "name; rename it"
                 )
             value = checkpoint_name(value, "/".join((*root, path, "before")))
             return inserted(path, value, train=train)
 
-        images = visit(INPUT, images, self)
+        if INPUT in self.layers:
+            if not args:
+                raise ValueError(f"Insert at {INPUT!r}: pass the images as the first argument")
+            args = (visit(INPUT, args[0], self), *args[1:])
         with visit_taps(visit, root):
-            output = self.backbone(images, *args, **kwargs)
+            output = self.backbone(*args, **kwargs)
         for path in self.layers:
             if path not in taps:
                 raise unknown_name("path for Insert", path, taps)
@@ -89,7 +100,14 @@ class InsertedLayers(nn.Module):
 
 
 def train_argument(module: nn.Module, train: bool) -> dict[str, Any]:
-    """{"train": train} for a module whose call accepts it, else {}."""
-    parameters = inspect.signature(module.__call__).parameters.values()
-    takes = any(p.name == "train" or p.kind == p.VAR_KEYWORD for p in parameters)
+    """{"train": train} for a module whose call has a parameter of that name, else {}."""
+    takes = "train" in inspect.signature(module.__call__).parameters
     return {"train": train} if takes else {}
+
+
+def _positional_train(backbone: nn.Module, args: Any, kwargs: Any) -> bool | None:
+    """The value of the backbone's parameter `train` in this call; None where it is not given."""
+    try:
+        return inspect.signature(backbone.__call__).bind(*args, **kwargs).arguments.get("train")
+    except TypeError:  # the call itself will say what is wrong with the arguments
+        return None

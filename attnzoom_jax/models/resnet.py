@@ -249,7 +249,7 @@ class ResNet(nn.Module):
             dtype_name = str(self.dtype)
         _check_choice("dtype", dtype_name, DTYPES)
         for field in ("num_classes", "width"):
-            if getattr(self, field) < 1:
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise ValueError(
                     f"{field}={getattr(self, field)}: expected an integer of at least 1"
                 )

@@ -85,7 +85,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def find(self, which: str) -> int:
-        """The step that "last", "best" or a number names.
+        """The step that "last", "best" (the last where no metric decides) or a number names.
 
         Raises:
             ValueError: no such checkpoint; those that exist are named.
@@ -98,7 +98,9 @@ class Checkpoints:
         if which == "last":
             return steps[-1]
         if which == "best":
-            best = self._manager.best_step() if self.best_metric else None
+            if not self.best_metric:
+                return steps[-1]
+            best = self._manager.best_step()
             if best is None:
                 raise ValueError(
                     f"no checkpoint in {self.folder} has metrics; take --checkpoint=last"
@@ -125,7 +127,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of another model; both sides are listed.
         """
-        saved = self._manager.item_metadata(step)
+        saved = self._metadata(step)
         check_same_tree(saved=saved, expected=like, where=f"checkpoint {step} in {self.folder}")
         return self._restore(step, like, mesh)
 
@@ -143,7 +145,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of another model; both sides are listed.
         """
-        saved = self._manager.item_metadata(step)
+        saved = self._metadata(step)
         params = "ema_params" if jax.tree.leaves(saved["ema_params"]) else "params"
         there = {"params": saved[params], "batch_stats": saved["batch_stats"]}
         check_same_tree(saved=there, expected=like, where=f"checkpoint {step} in {self.folder}")
@@ -155,7 +157,28 @@ class Checkpoints:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
         )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # the storage raises what it likes
+            raise self._damaged(step, error) from error
+
+    def _metadata(self, step: int) -> Any:
+        try:
+            saved = self._manager.item_metadata(step)
+            jax.tree.map(lambda leaf: leaf.shape, saved)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        if not isinstance(saved, dict) or "params" not in saved:
+            raise self._damaged(step, "it holds no parameters")
+        return saved
+
+    def _damaged(self, step: int, error: Any) -> ValueError:
+        others = ", ".join(str(other) for other in self.steps() if other != step) or "no other"
+        reason = " ".join(str(error).split())[:200]
+        return ValueError(
+            f"checkpoint {step} in {self.folder} cannot be read ({reason}); delete the folder "
+            f"{step} to go on without it; there is: {others}"
+        )
 
     def wait(self) -> None:
         """Wait until all is on disk."""

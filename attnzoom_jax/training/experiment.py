@@ -1,12 +1,14 @@
 """From a config to the parts of a run."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import optax
 
+from attnzoom_jax.data.auto_augment import POLICY_NAMES
 from attnzoom_jax.data.pipeline import Resize
 from attnzoom_jax.data.source import Source, open_source
 from attnzoom_jax.errors import unknown_name
@@ -60,8 +62,7 @@ def create_experiment(config: Any) -> Experiment:
             a length given twice or not at all, a batch larger than the split, a metric that no
             evaluation while training has.
     """
-    if config.data.cache not in CACHES:
-        raise unknown_name("data.cache", config.data.cache, CACHES)
+    _check_values(config)
     source = open_source(config.data.name, split=config.data.train_split, data_dir=config.data.dir)
     resize = Resize(config.data.resize, config.data.image_size)
     image_shape = _image_shape(config, source)
@@ -89,6 +90,41 @@ def create_experiment(config: Any) -> Experiment:
     )
 
 
+def _check_values(config: Any) -> None:
+    """Choices and ranges of the keys that no other part checks before it runs."""
+    for key, value, choices in (
+        ("data.cache", config.data.cache, CACHES),
+        ("best_mode", config.best_mode, ("max", "min")),
+        ("augment.auto_augment", config.augment.auto_augment, ("", *POLICY_NAMES)),
+    ):
+        if value not in choices:
+            raise unknown_name(key, value, choices)
+    for key, value, low, high in (
+        ("log_every_steps", config.log_every_steps, 1, math.inf),
+        ("keep_checkpoints", config.keep_checkpoints, 1, math.inf),
+        ("data.steps_per_call", config.data.steps_per_call, 1, math.inf),
+        ("data.num_threads", config.data.num_threads, 0, math.inf),
+        ("early_stopping", config.early_stopping, 0, math.inf),
+        ("ema_decay", config.ema_decay, 0, 1),
+        ("label_smoothing", config.label_smoothing, 0, 1),
+        ("augment.crop_padding", config.augment.crop_padding, 0, math.inf),
+        ("augment.mixup", config.augment.mixup, 0, math.inf),
+        ("augment.cutmix", config.augment.cutmix, 0, math.inf),
+    ):
+        if not low <= value < high:
+            raise ValueError(f"{key} is {value}; expected a number in [{low}, {high})")
+    if config.data.resize == "none" and config.data.image_size:
+        raise ValueError(
+            f"data.image_size={config.data.image_size} without data.resize does nothing; set "
+            "data.resize to squash or crop, or data.image_size to 0"
+        )
+    if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
+        raise ValueError(
+            f"data.mean={config.data.mean} and data.std={config.data.std}; expected three numbers "
+            "each, in [0, 1], std above 0"
+        )
+
+
 def _check_evals(config: Any) -> None:
     """Every metric that the run watches must come from an evaluation that runs while training."""
     for name in config.train_evals:
@@ -97,6 +133,8 @@ def _check_evals(config: Any) -> None:
     evals = [config.evals[name] for name in config.train_evals]
     prefixes = [evaluation.get("prefix") or evaluation.split for evaluation in evals]
     watched = {"best_metric": config.best_metric, "schedule.metric": config.schedule.get("metric")}
+    if config.schedule.name == "plateau" and not config.schedule.get("metric"):
+        raise ValueError(f"schedule.metric is missing; expected one of {', '.join(prefixes)}/...")
     for key, metric in watched.items():
         if metric and metric.rpartition("/")[0] not in prefixes:
             raise ValueError(

@@ -6,6 +6,7 @@ config.json  overrides.json  run.json  metrics.jsonl  tensorboard/  checkpoints/
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 from collections.abc import Mapping
@@ -14,15 +15,9 @@ from typing import Any
 import jax
 import ml_collections
 
-# What may differ between a run and its continuation, because no number depends on it.
-FREE_KEYS = (
-    "platform",
-    "log_every_steps",
-    "compile_cache",
-    "data.dir",
-    "data.num_threads",
-    "evals.*",
-)
+# What may differ between a run and its continuation, because no number of the training depends on
+# it; so may the evaluations that do not run while training.
+FREE_KEYS = ("platform", "log_every_steps", "compile_cache", "data.dir", "data.num_threads")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "attnzoom-jax")
 
 
@@ -45,7 +40,8 @@ class Workdir:
         """Make the folder that of this config: write it down, or check that it is the same.
 
         A folder without a checkpoint holds nothing that could be lost: the new config replaces
-        that of the run which stopped so early, perhaps because its config was wrong.
+        that of the run which stopped so early, perhaps because its config was wrong. Keys on which
+        the training does not depend may change at any time.
 
         Args:
             config: of the run.
@@ -58,14 +54,18 @@ class Workdir:
         ours = to_plain(config)
         if (self.path / "config.json").exists() and self._has_checkpoint():
             theirs = self._read("config.json")
-            lines = [line for line in differences(theirs, ours) if not _is_free(line.split()[1])]
+            watched = tuple(f"evals.{name}." for name in ours["train_evals"])
+            lines = [
+                line
+                for line in differences(theirs, ours)
+                if not _is_free(line.split()[1], watched=watched)
+            ]
             if lines:
                 raise ValueError(
                     f"{self.path} holds a run of another config (- there, + given):\n  "
                     + "\n  ".join(lines)
                     + "\nname another --workdir, or delete this one"
                 )
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write("overrides.json", to_plain(overrides))
@@ -88,14 +88,20 @@ class Workdir:
             raise ValueError(f"--workdir={self.path} holds no run (no config.json); train first")
         return ml_collections.ConfigDict(_to_tuples(self._read("config.json"))).lock()
 
+    def run_info(self) -> dict[str, Any]:
+        """What run.json holds; {} before the first training step."""
+        return self._read("run.json") if (self.path / "run.json").exists() else {}
+
     def overrides(self) -> dict[str, Any]:
         """What the command line of the run changed in its config."""
         path = self.path / "overrides.json"
         return self._read("overrides.json") if path.exists() else {}
 
     def write(self, name: str, content: Any) -> pathlib.Path:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, whole or not at all; of several processes the first one writes."""
         path = self.path / name
+        if jax.process_index() != 0:
+            return path
         unfinished = path.with_name(path.name + ".tmp")
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
         unfinished.replace(path)
@@ -118,6 +124,7 @@ def provenance() -> dict[str, Any]:
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
+        "cpu_count": os.cpu_count(),
         "process_count": jax.process_count(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -156,8 +163,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or (free[-1] == "*" and key.startswith(free[:-1])) for free in FREE_KEYS)
+def _is_free(key: str, *, watched: tuple[str, ...]) -> bool:
+    return key in FREE_KEYS or (key.startswith("evals.") and not key.startswith(watched))
 
 
 def _to_tuples(value: Any) -> Any:

@@ -4,11 +4,12 @@ import json
 import pathlib
 from collections.abc import Mapping
 
+import jax
 from tensorboardX import SummaryWriter
 
 
 class MetricWriter:
-    """Appends metrics to a run's folder; one process writes.
+    """Appends metrics to a run's folder; of several processes the first one writes.
 
     Args:
         folder: of the run.
@@ -17,11 +18,16 @@ class MetricWriter:
 
     def __init__(self, folder: pathlib.Path, *, start_step: int) -> None:
         self._path = folder / "metrics.jsonl"
-        _keep_until(self._path, start_step)
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            _keep_until(self._path, start_step)
+            logdir = str(folder / "tensorboard")
+            self._tensorboard = SummaryWriter(logdir, purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step."""
+        if not self._writes:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
@@ -29,7 +35,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flush and close TensorBoard's file."""
-        self._tensorboard.close()
+        if self._writes:
+            self._tensorboard.close()
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # name: classes, parameters (statistics not counted).
 PUBLISHED = {
+    "resnet10": (1000, 5_418_792),
     "resnet18": (1000, 11_689_512),
     "resnet34": (1000, 21_797_672),
     "resnet50": (1000, 25_557_032),
@@ -35,6 +36,9 @@ PUBLISHED = {
 }
 
 
+NAMED = tuple(name for name in MODEL_NAMES if name != "resnet")  # `resnet` is free-form
+
+
 @functools.cache
 def variable_shapes(name):
     model = create_model(name, num_classes=PUBLISHED[name][0])
@@ -46,11 +50,11 @@ def count(tree):
 
 
 def test_every_model_is_counted():
-    assert set(PUBLISHED) == set(MODEL_NAMES)
-    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(MODEL_NAMES)
+    assert set(PUBLISHED) == set(NAMED)
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(NAMED)
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", NAMED)
 def test_published_parameter_count(name):
     assert count(variable_shapes(name)["params"]) == PUBLISHED[name][1]
 
@@ -64,7 +68,7 @@ def test_cifar_count_by_arithmetic(n):
     assert convs + norms + head == PUBLISHED[f"cifar_resnet{6 * n + 2}"][1]
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", NAMED)
 def test_golden_paths_and_shapes(name):
     leaves = jax.tree_util.tree_leaves_with_path(variable_shapes(name))
     lines = sorted(f"{'/'.join(k.key for k in path)} {list(leaf.shape)}" for path, leaf in leaves)
@@ -75,7 +79,7 @@ def test_golden_paths_and_shapes(name):
     assert lines == path.read_text().splitlines()
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", NAMED)
 def test_tiny_version_of_every_model_has_float32_logits(name):
     model = create_model(name, num_classes=7, width=4, dtype="bfloat16")
     images = jnp.zeros((2, 32, 32, 3))
@@ -85,7 +89,13 @@ def test_tiny_version_of_every_model_has_float32_logits(name):
 
 def test_options_override_what_the_name_stands_for():
     model = create_model(
-        "resnet50", num_classes=7, stem="cifar", width=8, stage_sizes=[1, 2], dtype="bfloat16"
+        "resnet",
+        num_classes=7,
+        block="bottleneck",
+        stem="cifar",
+        width=8,
+        stage_sizes=[1, 2],
+        dtype="bfloat16",
     )
     expected = ResNet(
         num_classes=7,
@@ -107,7 +117,7 @@ def test_unknown_name_lists_the_near_and_the_known():
 
 
 @pytest.mark.parametrize(
-    ("option", "near"), [("widht", "width"), ("stage_size", "stage_sizes"), ("type", "dtype")]
+    ("option", "near"), [("widht", "width"), ("zero_init", "zero_init_residual"), ("type", "dtype")]
 )
 def test_unknown_option_names_the_nearest(option, near):
     with pytest.raises(
@@ -119,9 +129,28 @@ def test_unknown_option_names_the_nearest(option, near):
 @pytest.mark.parametrize("option", ["parent", "zzz"])
 def test_option_without_a_near_match_is_refused_too(option):
     with pytest.raises(ValueError, match="There is: num_classes, stem"):
-        create_model("resnet18", num_classes=7, **{option: None})
+        create_model("resnet18", num_classes=7, **{option: 1})
 
 
 def test_bad_value_is_refused_before_anything_is_built():
     with pytest.raises(ValueError, match="did you mean 'imagenet'"):
         create_model("resnet18", num_classes=7, stem="imagnet")
+
+
+@pytest.mark.parametrize("option", ["stage_sizes", "block", "shortcut"])
+def test_a_name_keeps_what_makes_it_that_network(option):
+    with pytest.raises(ValueError, match=f"{option} is what makes .* take the name 'resnet'"):
+        create_model("cifar_resnet20", num_classes=7, **{option: 1})
+
+
+def test_an_option_of_none_is_the_names_own():
+    options = {"stem": None, "width": None, "stage_sizes": None, "dtype": None}
+    assert create_model("resnet34", num_classes=7, **options) == create_model(
+        "resnet34", num_classes=7
+    )
+
+
+@pytest.mark.parametrize("layer", ["attention_zoom", {}, {"threshold": 0.5}])
+def test_a_layer_without_its_name_is_one_clear_error(layer):
+    with pytest.raises(ValueError, match=r"insert\.stage1 is .*expected the layer's name"):
+        create_model("resnet18", num_classes=7, insert={"stage1": layer})

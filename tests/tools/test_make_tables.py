@@ -22,7 +22,9 @@ RUN = {
 def workdir(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    evaluation = {"metrics": {"test/top1": 0.9}, "overrides": {"seed": 3}, "seed": 3, "step": 20}
+    evaluation = {"metrics": {"test/top1": 0.9}, "seed": 3, "step": 20}
+    evaluation["overrides"] = {"seed": 3, "compile_cache": "/here/only"}
+    evaluation["config"] = {"seed": 3, "compile_cache": "/here/only", "data": {"dir": "/here"}}
     (folder / "eval.json").write_text(json.dumps(evaluation))
     (folder / "run.json").write_text(json.dumps(RUN))
     lines = [{"step": 10, "train/loss": 1.0}, {"step": 20, "validation/top1": 0.8}]
@@ -31,7 +33,7 @@ def workdir(tmp_path):
 
 
 def test_a_recorded_run_fills_its_table_and_filling_again_changes_nothing(workdir, tmp_path):
-    make_tables.record(workdir, "it", root=tmp_path)
+    assert "/here" not in make_tables.record(workdir, "it", root=tmp_path).read_text()
     text = "before\n<!-- table it test/top1 -->\nstale\n<!-- end -->\nafter\n"
     filled = make_tables.write_tables(text, root=tmp_path)
     assert "| test/top1 | 0.9 |" in filled

@@ -10,7 +10,7 @@ from configs import demo
 
 def config(**changes) -> Any:
     base: Any = demo.get_config("tiny")
-    base.model = {"name": "resnet18", "stem": "small", "width": 4, "stage_sizes": (1,)}
+    base.model = {"name": "resnet", "stem": "small", "width": 4, "stage_sizes": (1,)}
     base.update_from_flattened_dict(changes)
     return base
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_one_line(changes, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"widht": 4}, "unknown option of resnet18 'widht'; did you mean 'width'"),
+        ({"widht": 4}, "unknown option of resnet 'widht'; did you mean 'width'"),
         ({"insert": {"stage9": {"name": "attention_zoom"}}}, "unknown path .* 'stage9'; did you"),
         ({"insert": {"stage1": {"name": "attention_zom"}}}, "'attention_zom'; did you mean"),
         (

@@ -167,7 +167,7 @@ def test_a_crop_sets_the_size_that_the_model_sees():
 
 def test_bfloat16_compute_keeps_float32_parameters():
     model = create_model(
-        "resnet18", num_classes=3, stem="small", width=4, stage_sizes=(1,), dtype="bfloat16"
+        "resnet", num_classes=3, stem="small", width=4, stage_sizes=(1,), dtype="bfloat16"
     )
     recipe = step.Recipe(**{**vars(RECIPE), "ema_decay": 0.9})
     train_step, state = create(model, optax.adam(1e-2), recipe=recipe, size=8, use_ema=True)

@@ -16,7 +16,7 @@ def config(**changes) -> Any:
         {
             "seed": 0,
             "platform": "",
-            "model": {"name": "resnet18", "insert": {}, "stage_sizes": (1, 2)},
+            "model": {"name": "resnet", "insert": {}, "stage_sizes": (1, 2)},
             "data": {"dir": "", "num_threads": 4, "mean": (0.5, 0.25), "batch_size": 8},
             "optimizer": {"learning_rate_multipliers": ((".*", 1.0),), "clip_norm": None},
             "evals": {"test": {"name": "classify", "split": "test"}},
