@@ -1,11 +1,13 @@
 """train.py and eval.py from end to end, on a small run."""
 
+import dataclasses
 import json
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import eval as eval_programme
 import explain
@@ -162,9 +164,8 @@ def test_early_stopping_counts_what_was_before_a_resume(tmp_path, capsys):
 
 def test_a_run_without_a_best_metric_keeps_the_last(tmp_path):
     run(tmp_path, config(best_metric="", total_steps=2))
-    assert "test/top1" in eval_programme.evaluate(str(tmp_path), checkpoint="last")
-    with pytest.raises(ValueError, match="--checkpoint=last"):
-        eval_programme.evaluate(str(tmp_path))
+    last = eval_programme.evaluate(str(tmp_path), checkpoint="last")
+    assert "test/top1" in last and eval_programme.evaluate(str(tmp_path)) == last
 
 
 def test_what_is_cropped_in_training_is_cropped_elsewhere(tmp_path):
@@ -191,3 +192,45 @@ def test_training_learns(tmp_path):
     run(tmp_path, few)
     losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]
     assert np.mean(losses[-3:]) < min(2.4, 0.8 * losses[0])  # chance: ln 16 = 2.77
+
+
+def test_a_resumed_run_keeps_its_start_and_adds_up_its_time(tmp_path):
+    run(tmp_path, config(), stop_at=3)
+    first = json.loads((tmp_path / "run.json").read_text())
+    run(tmp_path, config())
+    second = json.loads((tmp_path / "run.json").read_text())
+    assert second["start"] == first["start"] and second["steps"] == 6
+    assert second["duration_s"] > first["duration_s"] > 0
+
+
+def test_a_model_comes_back_without_its_data_set(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    trained = restore_model(str(folder), mesh=sharding.create_mesh(ONE_DEVICE))
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "photo.png")
+    examples = explain.from_files(trained, f"{tmp_path}/*.png")
+    assert examples.images.shape == (1, *trained.image_shape)
+    assert not list(tmp_path.glob("fine_shapes"))
+
+
+def test_files_are_resized_as_the_run_resizes(finished, tmp_path):
+    folder, _ = finished
+    trained = restore_model(str(folder), mesh=sharding.create_mesh(ONE_DEVICE))
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255  # the central square
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    squashed = explain.from_files(trained, f"{tmp_path}/*.png").images
+    assert 0.2 < (squashed > 127).mean() < 0.5
+    other = config(**{"data.resize": "crop", "data.image_size": 32})
+    cropped = explain.from_files(
+        dataclasses.replace(trained, config=other), f"{tmp_path}/*.png"
+    ).images
+    assert (cropped > 200).all()
+
+
+def test_two_evaluations_may_not_give_the_same_metric(finished):
+    folder, _ = finished
+    settings = config(ema_decay=0.5)
+    settings.evals.test.split = "validation"
+    with pytest.raises(ValueError, match=r"'validation/.*'; set evals\..*\.prefix"):
+        eval_programme.evaluate(str(folder), config=settings)

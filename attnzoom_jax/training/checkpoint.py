@@ -165,11 +165,9 @@ class Checkpoints:
     def _metadata(self, step: int) -> Any:
         try:
             saved = self._manager.item_metadata(step)
-            jax.tree.map(lambda leaf: leaf.shape, saved)
+            _shapes(saved["params"])
         except Exception as error:
             raise self._damaged(step, error) from error
-        if not isinstance(saved, dict) or "params" not in saved:
-            raise self._damaged(step, "it holds no parameters")
         return saved
 
     def _damaged(self, step: int, error: Any) -> ValueError:

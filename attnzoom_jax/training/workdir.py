@@ -54,12 +54,11 @@ class Workdir:
         ours = to_plain(config)
         if (self.path / "config.json").exists() and self._has_checkpoint():
             theirs = self._read("config.json")
-            watched = tuple(f"evals.{name}." for name in ours["train_evals"])
-            lines = [
-                line
-                for line in differences(theirs, ours)
-                if not _is_free(line.split()[1], watched=watched)
-            ]
+            watched = tuple(f"evals.{name}." for name in ours.get("train_evals", ()))
+            changed = differences(theirs, ours)
+            if not changed:
+                return
+            lines = [line for line in changed if not _is_free(line.split()[1], watched=watched)]
             if lines:
                 raise ValueError(
                     f"{self.path} holds a run of another config (- there, + given):\n  "

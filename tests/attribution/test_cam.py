@@ -85,3 +85,22 @@ def test_a_map_inside_a_loss_is_differentiable():
 def test_bad_input_is_one_clear_error(fn, targets, tap, message):
     with pytest.raises(ValueError, match=message):
         attribution.grad_cam(fn, IMAGES, targets, tap=tap)
+
+
+def test_several_taps_in_one_pass():
+    def fn(images):
+        return gap_network(checkpoint_name(2 * images, "doubled"))
+
+    maps = attribution.grad_cam(fn, IMAGES, TARGETS, tap=["doubled", "features"])
+    assert list(maps) == ["doubled", "features"]
+    for tap, several in maps.items():
+        alone = attribution.grad_cam(fn, IMAGES, TARGETS, tap=tap)
+        np.testing.assert_allclose(several, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [-1, 7])
+def test_under_jit_a_class_that_is_not_there_gives_a_map_of_nan(target):
+    jitted = jax.jit(lambda t: attribution.grad_cam(gap_network, IMAGES, t, tap="features"))
+    maps = jitted(jnp.array([0, target, 2, 2]))
+    assert np.isnan(maps[1]).all()
+    np.testing.assert_allclose(np.asarray(maps)[[0, 2]], cam(IMAGES, TARGETS)[[0, 2]], atol=1e-6)

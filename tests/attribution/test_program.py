@@ -120,3 +120,14 @@ def test_default_tap_is_the_last_spatial_one_that_is_no_gate():
     assert default_tap(taps) == "b"
     with pytest.raises(ValueError, match="spatial"):
         default_tap({"root": (2, 10)})
+
+
+@pytest.mark.parametrize("rule", ["custom_jvp", "custom_vjp"])
+def test_a_tap_inside_a_function_with_its_own_derivative_raises(rule):
+    marked = getattr(jax, rule)(inner)
+    if rule == "custom_jvp":
+        marked.defjvp(lambda x, dx: (inner(x[0]), dx[0]))
+    else:
+        marked.defvjp(lambda x: (inner(x), None), lambda _, g: (g,))
+    with pytest.raises(ValueError, match="its own derivative"):
+        list_taps(marked, X)

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from attnzoom_jax.attribution.program import trace
 from attnzoom_jax.layers import AttentionZoom
-from attnzoom_jax.models import Insert, create_model
+from attnzoom_jax.models import Insert, bind, create_model
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.normal(size=(8, 8, 8, 3)), jnp.float32)
@@ -257,3 +258,69 @@ def test_a_resnet_of_the_package_by_config():
             num_classes=4,
             insert={"stage1": {"name": "attention_zoom", "treshold": 1}},
         )
+
+
+def test_a_positional_train_reaches_the_layers_too():
+    model = Insert(Stranger(), {"Block_0": Mode()})
+    variables = model.init(KEY, IMAGES)
+    by_position = model.apply(variables, IMAGES, True, mutable=["batch_stats"])[0]
+    by_name = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])[0]
+    np.testing.assert_array_equal(by_position, by_name)
+    assert np.abs(by_name - model.apply(variables, IMAGES, False)).max() > 1e-3
+
+
+def test_a_sequential_knows_no_train():
+    model = Insert(nn.Sequential([nn.Conv(3, (1, 1)), jax.nn.relu]), {"layers_0": Double()})
+    variables = model.init(KEY, IMAGES)
+    alone = nn.Sequential([nn.Conv(3, (1, 1)), jax.nn.relu])
+    expected = 2 * alone.apply({"params": variables["params"]["backbone"]}, IMAGES)
+    np.testing.assert_allclose(model.apply(variables, IMAGES, train=True), expected, rtol=1e-6)
+
+
+def test_insert_inside_another_modules_compact_call():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Insert(Plain(), {"conv": Double(), "input": Double()})(x)
+
+    variables = Outer().init(KEY, IMAGES)
+    assert Outer().apply(variables, IMAGES).shape == (8, 3)
+
+
+def test_a_backbone_called_by_keyword():
+    class Keyword(nn.Module):
+        @nn.compact
+        def __call__(self, *, pixels):
+            return nn.Dense(2, name="dense")(pixels)
+
+    model = Insert(Keyword(), {"dense": Double()})
+    variables = model.init(KEY, pixels=IMAGES)
+    assert model.apply(variables, pixels=IMAGES).shape == (8, 8, 8, 2)
+    with pytest.raises(ValueError, match="images as the first argument"):
+        Insert(Keyword(), {"input": Double()}).init(KEY, pixels=IMAGES)
+
+
+def test_a_module_called_input_cannot_stand_for_the_images():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="input")(x)
+
+    with pytest.raises(ValueError, match="a module of that name"):
+        Insert(Named(), {"input": Double()}).init(KEY, IMAGES)
+
+
+def test_a_layer_keeps_the_dtype_of_the_map_it_stands_on():
+    model = create_model(
+        "resnet10",
+        num_classes=3,
+        stem="cifar",
+        width=4,
+        dtype="bfloat16",
+        insert={"stem": {"name": "attention_zoom"}},
+    )
+    variables = jax.eval_shape(lambda: model.init(KEY, IMAGES))
+    taps = trace(lambda v, x: bind(model, v, train=False)(x), variables, IMAGES).taps
+    assert taps["backbone/stem/before"].dtype == taps["backbone/stem"].dtype == jnp.bfloat16
+    assert taps["backbone/stage1"].dtype == jnp.bfloat16
+    assert taps["inserted/stem/gate"].dtype == jnp.float32

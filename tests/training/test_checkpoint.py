@@ -81,8 +81,7 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path):
             checkpoints.find(wrong)
     checkpoints.close()
     without_metric = Checkpoints(tmp_path, read_only=True)
-    with pytest.raises(ValueError, match="--checkpoint=last"):
-        without_metric.find("best")
+    assert without_metric.find("best") == 4  # no metric decides: the last one
     empty = Checkpoints(tmp_path / "none", best_metric="m", read_only=True)
     assert empty.last_step() is None
     with pytest.raises(ValueError, match=r"no checkpoint in .*none; train first"):
@@ -179,3 +178,16 @@ def test_reading_changes_nothing(tmp_path):
     assert tree_of(tmp_path) == before
     Checkpoints(tmp_path / "new", read_only=True).close()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("damage", ["emptied", "removed"])
+def test_a_damaged_checkpoint_is_named_with_the_others(tmp_path, damage):
+    save(tmp_path, {1: 0.1, 2: 0.2}).close()
+    for path in (tmp_path / "2" / "default").rglob("*"):
+        if path.is_file():
+            path.unlink() if damage == "removed" else path.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path, best_metric="m", read_only=True)
+    with pytest.raises(ValueError, match=r"checkpoint 2 in .* cannot be read .* there is: 1"):
+        checkpoints.restore(2, like=create(), mesh=mesh_of(1))
+    assert int(checkpoints.restore(1, like=create(), mesh=mesh_of(1)).step) == 1
+    checkpoints.close()

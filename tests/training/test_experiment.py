@@ -63,6 +63,13 @@ def test_sizes():
     ("changes", "message"),
     [
         ({"total_epochs": 1.0}, "total_steps is 4 and total_epochs is 1.0; set exactly one"),
+        ({"log_every_steps": 0}, r"log_every_steps is 0; expected a number in \[1, inf\)"),
+        ({"data.steps_per_call": 0}, "data.steps_per_call is 0"),
+        ({"ema_decay": 1.5}, r"ema_decay is 1.5; expected a number in \[0, 1\)"),
+        ({"best_mode": "maximum"}, "unknown best_mode 'maximum'.*max, min"),
+        ({"augment.auto_augment": "cifar100"}, "'cifar100'; did you mean 'cifar10'"),
+        ({"data.image_size": 16}, "data.image_size=16 without data.resize does nothing"),
+        ({"data.mean": (0.5, 0.5)}, r"data.mean=\(0.5, 0.5\).*three numbers"),
         ({"total_steps": 0}, "total_steps is 0 and total_epochs is 0.0; set exactly one"),
         ({"eval_every_steps": 0}, "eval_every_steps is 0 and eval_every_epochs is 0.0"),
         ({"data.cache": "gpu"}, "unknown data.cache 'gpu'.*here is: host, device"),
@@ -110,6 +117,9 @@ def test_what_the_model_does_not_know_is_one_line(model, message):
 def test_the_plateau_watches_a_metric_that_there_is():
     settings = config()
     plateau = {"name": "plateau", "mode": "max"}
+    settings.schedule = plateau
+    with pytest.raises(ValueError, match=r"schedule\.metric is missing"):
+        create_experiment(settings)
     settings.schedule = {**plateau, "metric": "test/top1"}
     with pytest.raises(ValueError, match="is of no evaluation that runs while training"):
         create_experiment(settings)

@@ -19,7 +19,11 @@ def config(**changes) -> Any:
             "model": {"name": "resnet", "insert": {}, "stage_sizes": (1, 2)},
             "data": {"dir": "", "num_threads": 4, "mean": (0.5, 0.25), "batch_size": 8},
             "optimizer": {"learning_rate_multipliers": ((".*", 1.0),), "clip_norm": None},
-            "evals": {"test": {"name": "classify", "split": "test"}},
+            "evals": {
+                "validation": {"name": "classify", "split": "validation"},
+                "test": {"name": "classify", "split": "test"},
+            },
+            "train_evals": ("validation",),
         }
     )
     base.update_from_flattened_dict(changes)
@@ -82,11 +86,21 @@ def test_a_key_of_one_side_is_listed_once(tmp_path):
 
 def test_what_no_number_depends_on_may_change(tmp_path):
     folder = with_checkpoint(claimed(tmp_path))
-    before = contents(tmp_path)
     with config(platform="cpu", **{"data.dir": "/x", "data.num_threads": 1}).unlocked() as other:
         other.evals.test.split = "validation"
         other.evals.more = {"name": "localize", "split": "test"}
-    folder.claim(other, {})
+    folder.claim(other, {"platform": "cpu"})
+    assert folder.config().evals.more.name == "localize"  # later evaluations follow the new config
+    assert folder.overrides() == {"platform": "cpu"}
+
+
+def test_an_evaluation_that_training_watches_may_not_change(tmp_path):
+    folder = with_checkpoint(claimed(tmp_path))
+    before = contents(tmp_path)
+    other = config()
+    other.evals.validation.split = "test"
+    with pytest.raises(ValueError, match=r"\+ evals\.validation\.split = test"):
+        folder.claim(other, {})
     assert contents(tmp_path) == before
 
 
