@@ -119,8 +119,10 @@ def target_score(logits: Any, targets: jax.Array) -> jax.Array:
         for extreme in (int(targets.min()), int(targets.max())):
             if not 0 <= extreme < k:
                 raise ValueError(f"target {extreme} is out of range for {k} classes")
-    targets = jnp.where(targets < 0, k, targets)  # a negative index would count from the end
-    return jnp.take_along_axis(logits, targets[:, None], axis=1, mode="fill")[:, 0]
+    # A factor, so that a class that is not there makes the gradient NaN as well.
+    is_known = jnp.where((targets >= 0) & (targets < k), 1.0, jnp.nan)
+    scores = jnp.take_along_axis(logits, targets[:, None], axis=1, mode="clip")[:, 0]
+    return scores * is_known
 
 
 def _check_spatial(program: Program, tap: str, n: int) -> None:
