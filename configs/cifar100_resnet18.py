@@ -1,6 +1,6 @@
 """ResNet-18 on CIFAR-100, the plain recipe that most papers compare with.
 
-    python tools/prepare_data.py cifar100
+    python tools/prepare_data.py cifar100      # TFDS needs TensorFlow for this; training does not
     python train.py --config=configs/cifar100_resnet18.py --workdir=runs/cifar100_resnet18
     python eval.py --workdir=runs/cifar100_resnet18
 

@@ -1,6 +1,6 @@
 """AttZoom on ResNet-50, CIFAR-100: the row of the paper's table 1 with its hyper-parameters.
 
-    python tools/prepare_data.py cifar100
+    python tools/prepare_data.py cifar100      # TFDS needs TensorFlow for this; training does not
     python train.py --config=configs/cifar100_resnet50_attention_zoom.py --workdir=runs/attzoom
     python eval.py --workdir=runs/attzoom
     python explain.py --workdir=runs/attzoom

@@ -199,17 +199,22 @@ def check_train_batch(num_examples: int, *, batch_size: int, seed: int, name: st
         raise ValueError(f"seed {seed} must be 0 or more")
 
 
+def check_one_size(source: Source, resize: Resize) -> None:
+    """Raise a ValueError for images that differ in size and are not resized."""
+    if resize.mode == "none" and None in source.image_shape:
+        raise ValueError(
+            f"the images of {source.name} differ in size; set data.resize to squash or crop, and "
+            "data.image_size"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Loader:
     source: Source
     resize: Resize
 
     def __post_init__(self) -> None:
-        if self.resize.mode == "none" and None in self.source.image_shape:
-            raise ValueError(
-                f"the images of {self.source.name} differ in size; set data.resize to squash or "
-                "crop, and data.image_size"
-            )
+        check_one_size(self.source, self.resize)
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         example: Mapping[str, Any] = self.source[index]

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from attnzoom_jax.data.auto_augment import POLICY_NAMES
-from attnzoom_jax.data.pipeline import Resize
+from attnzoom_jax.data.pipeline import Resize, check_one_size, check_train_batch
 from attnzoom_jax.data.source import Source, open_source
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.models import create_model
@@ -65,13 +65,12 @@ def create_experiment(config: Any) -> Experiment:
     _check_values(config)
     source = open_source(config.data.name, split=config.data.train_split, data_dir=config.data.dir)
     resize = Resize(config.data.resize, config.data.image_size)
+    check_one_size(source, resize)
     image_shape = _image_shape(config, source)
     model = create_model(num_classes=len(source.class_names), **config.model.to_dict())
-    if config.data.batch_size > len(source):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} exceeds the {len(source)} examples of "
-            f"{source.name}"
-        )
+    check_train_batch(
+        len(source), batch_size=config.data.batch_size, seed=config.seed, name=source.name
+    )
     _check_evals(config)
     steps_per_epoch = len(source) / config.data.batch_size
     total_steps = _steps(config, "total", steps_per_epoch)
@@ -158,11 +157,6 @@ def _recipe(config: Any) -> Recipe:
 
 def _image_shape(config: Any, source: Source) -> tuple[int, int, int]:
     stored, size = source.image_shape, config.data.crop_size or config.data.image_size
-    if config.data.resize == "none" and None in stored:
-        raise ValueError(
-            f"the images of {source.name} differ in size; set data.resize to squash or crop, and "
-            "data.image_size"
-        )
     h, w, c = stored
     if config.data.resize != "none" or config.data.crop_size:
         h = w = size

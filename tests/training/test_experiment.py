@@ -76,7 +76,7 @@ def test_sizes():
         ({"data.name": "imagenet2012"}, "is not prepared in .* run: python tools/prepare_data.py"),
         ({"data.name": "fine_shapes/tny"}, "'fine_shapes/tny'; did you mean 'fine_shapes/tiny'"),
         ({"data.train_split": "trian"}, "unknown split .* 'trian'; did you mean 'train'"),
-        ({"data.batch_size": 248}, "data.batch_size=248 exceeds the 240 examples"),
+        ({"data.batch_size": 248}, r"batch_size 248 is not in 1\.\.240"),
         ({"data.resize": "sqash"}, "unknown resize mode 'sqash'; did you mean 'squash'"),
         ({"model.name": "resnet19"}, "unknown model 'resnet19'; did you mean 'resnet18'"),
         ({"optimizer.name": "admw"}, "unknown optimizer 'admw'; did you mean 'adamw'"),
