@@ -22,8 +22,10 @@ def unknown_name(kind: str, given: object, known: Iterable[str]) -> ValueError:
     folded = {name.lower(): name for name in names}
     asked = str(given).lower()
     near = [folded[name] for name in difflib.get_close_matches(asked, folded, n=3)]
-    # A path or key is also found by a part of it: `conv1` finds `stage1/block1/conv1`.
-    near += [name for name in names if asked and asked in name.lower() and name not in near]
+    # A path or key is also found by a part of it, the shortest first: `stage1` finds
+    # `backbone/stage1` rather than what is below it.
+    holding = [name for name in names if asked and asked in name.lower() and name not in near]
+    near += sorted(holding, key=len)
     hint = f"; did you mean {' or '.join(map(repr, near[:3]))}?" if near else "."
     message = f"unknown {kind} {given!r}{hint}"
     if not near or len(names) <= LISTED:
