@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(BIN)/pyright
 
 unit: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 $(VENV)/installed: pyproject.toml requirements.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
