@@ -16,7 +16,7 @@ from absl import flags
 from attnzoom_jax import cli
 from attnzoom_jax.data.device import index_batches, load_split
 from attnzoom_jax.data.pipeline import train_batches
-from attnzoom_jax.evaluation import create_evaluator
+from attnzoom_jax.evaluation import check_watched, create_evaluator
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
 from attnzoom_jax.training.experiment import Experiment, create_experiment
@@ -68,6 +68,8 @@ def train(
         create_evaluator(model=experiment.model, data=config.data, mesh=mesh, **config.evals[name])
         for name in config.train_evals
     ]
+    watched = {"best_metric": config.best_metric, "schedule.metric": config.schedule.get("metric")}
+    check_watched(watched, evaluators)
     folder.claim(config, overrides or {})
     state = create_state(
         experiment.model,

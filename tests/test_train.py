@@ -13,6 +13,7 @@ import eval as eval_programme
 import explain
 import train
 from attnzoom_jax.data.source import open_source
+from attnzoom_jax.evaluation import create_evaluator
 from attnzoom_jax.evaluation.restore import restore_model
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
@@ -234,3 +235,21 @@ def test_two_evaluations_may_not_give_the_same_metric(finished):
     settings.evals.test.split = "validation"
     with pytest.raises(ValueError, match=r"'validation/.*'; set evals\..*\.prefix"):
         eval_programme.evaluate(str(folder), config=settings)
+
+
+def test_a_watched_metric_that_no_evaluation_gives_stops_the_run_before_it_begins(tmp_path):
+    with pytest.raises(ValueError, match=r"metric in best_metric 'validation/acc'.*/top1"):
+        run(tmp_path / "run", config(best_metric="validation/acc"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluators_name_the_metrics_that_they_give(finished):
+    folder, _ = finished
+    trained = restore_model(str(folder), mesh=sharding.create_mesh(ONE_DEVICE))
+    mesh = sharding.create_mesh(ONE_DEVICE)
+    for options in trained.config.evals.values():
+        evaluator = create_evaluator(
+            model=trained.model, data=trained.config.data, mesh=mesh, **options
+        )
+        given = [name for name in evaluator.run(trained.variables) if "/gate_" not in name]
+        assert sorted(evaluator.metric_names) == sorted(given)

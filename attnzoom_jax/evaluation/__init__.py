@@ -1,6 +1,7 @@
-"""Evaluators: each has `run(variables) -> {"split/metric": value}`."""
+"""Evaluators: each has `run(variables) -> {"split/metric": value}` and `metric_names`."""
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -36,3 +37,17 @@ def create_evaluator(name: str, model: nn.Module, *, data: Any, mesh: Mesh, **op
         if option not in known:
             raise unknown_name(f"option of {name}", option, known)
     return _EVALUATORS[name](model, data=data, mesh=mesh, **options)
+
+
+def check_watched(watched: Mapping[str, str | None], evaluators: Sequence[Any]) -> None:
+    """Raise a ValueError for a watched metric that none of the evaluators gives.
+
+    Args:
+        watched: {config key: name of a metric, or nothing}.
+        evaluators: as `create_evaluator` returns them. What a layer's mask scores, `gate_...`, is
+            known only when the model runs and passes.
+    """
+    names = [name for evaluator in evaluators for name in evaluator.metric_names]
+    for key, metric in watched.items():
+        if metric and metric not in names and "/gate_" not in metric:
+            raise unknown_name(f"metric in {key}", metric, names)

@@ -10,6 +10,8 @@ from attnzoom_jax.evaluation.split import EvalSplit, Sums, to_input
 from attnzoom_jax.metrics.classification import classification_metrics, classification_sums
 from attnzoom_jax.models.insert import train_argument
 
+METRICS = ("top1", "top5", "cross_entropy", "calibration_error", "count")
+
 
 class Classify:
     """Evaluates a classifier on a split: every example counts exactly once.
@@ -26,6 +28,7 @@ class Classify:
         self, model: nn.Module, *, data: Any, split: str, mesh: Mesh, prefix: str = ""
     ) -> None:
         self.prefix = prefix or split
+        self.metric_names = [f"{self.prefix}/{name}" for name in METRICS]
 
         def batch_sums(variables: Any, batch: dict[str, jax.Array]) -> Sums:
             images = to_input(batch["image"], data)

@@ -19,6 +19,8 @@ from attnzoom_jax.models.insert import train_argument
 from attnzoom_jax.models.taps import bind
 from attnzoom_jax.ops import maps as ops_maps
 
+SCORES = ("energy", "energy_ratio", "share", "pointing", "center")
+
 
 class Localize:
     """Scores Grad-CAM of the true class against masks; every example counts exactly once.
@@ -45,6 +47,10 @@ class Localize:
         prefix: str = "",
     ) -> None:
         self.prefix, self.masks = prefix or split, tuple(masks)
+        names = ["empty_maps"]
+        for mask in self.masks:
+            names += [f"{mask.removesuffix('_mask')}_{score}" for score in SCORES]
+        self.metric_names = [f"{self.prefix}/{name}" for name in names]  # without those of gates
 
         def batch_sums(variables: Any, batch: dict[str, jax.Array]) -> Sums:
             images = to_input(batch["image"], data)
