@@ -225,7 +225,15 @@ def test_what_differs_is_listed(outcomes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "grad_cm"}, "unknown method 'grad_cm'; did you mean 'grad_cam'"),
+        (
+            {"methods": ["grad_cam", "rise"], "options": {"sampels": 2}},
+            "--option=sampels: none of grad_cam, rise has this option",
+        ),
+        (
+            {"methods": ["excitation_backprop"], "options": {"negative": "clmap"}},
+            "unknown option negative 'clmap'; did you mean 'clamp'",
+        ),
+        ({"methods": ["grad_cm"]}, "unknown method 'grad_cm'; did you mean 'grad_cam'"),
         (
             {"tap": "backbone/stage9"},
             "unknown tap 'backbone/stage9'; did you mean 'backbone/stage1",

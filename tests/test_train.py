@@ -253,3 +253,38 @@ def test_evaluators_name_the_metrics_that_they_give(finished):
         )
         given = [name for name in evaluator.run(trained.variables) if "/gate_" not in name]
         assert sorted(evaluator.metric_names) == sorted(given)
+
+
+def test_several_methods_stand_side_by_side(finished, tmp_path, capsys):
+    folder, _ = finished
+    trained = restore_model(str(folder), mesh=sharding.create_mesh(ONE_DEVICE))
+    methods = ("contrastive_excitation_backprop", "smooth_grad", "occlusion")
+    arrays = explain.explain(
+        trained,
+        explain.from_split(trained, "test", 3),
+        tmp_path / "explain",
+        methods=methods,
+        options={"samples": 2, "negative": "clamp"},
+        target="label",
+        chunk_size=2,
+    )
+    printed = capsys.readouterr().out
+    assert "contrastive_excitation_backprop at tap 'stage" in printed
+    assert "smooth_grad at the image" in printed and "2/3 images" in printed
+    with np.load(tmp_path / "explain" / "maps.npz") as maps:
+        for method in methods:
+            assert len(maps[method]) == 3 and np.isfinite(maps[method]).all()
+            np.testing.assert_array_equal(maps[method], arrays[method])
+        np.testing.assert_allclose(maps["absolute"], 1, atol=0.05)  # with negative=clamp
+    assert (tmp_path / "explain" / "contact_sheet.png").exists()
+
+
+def test_the_taps_are_listed_with_the_default_marked(finished):
+    folder, _ = finished
+    trained = restore_model(str(folder), mesh=sharding.create_mesh(ONE_DEVICE))
+    lines = [line.split("  ") for line in explain.list_taps(trained).splitlines()]
+    assert lines[0][0] == "tap"
+    (default,) = (line[0] for line in lines if line[-1] == "default")
+    assert default.startswith("stage")
+    depths = [int(line[-1].split()[-1]) for line in lines[1:] if line[-1] != "default"]
+    assert min(depths) == 1 and max(depths) == 4

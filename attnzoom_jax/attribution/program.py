@@ -3,23 +3,31 @@
 `jax.ad_checkpoint.checkpoint_name(x, "stage3")` leaves one `name` equation in the jaxpr of any JAX
 function, also under jit, vmap, grad and remat. `trace` turns the function into a flat list of
 steps: calls (jit, remat) that hold a tap are inlined, a scan that holds one is unrolled and its
-taps become `name#t`; everything else stays one step. Only this file knows how JAX represents a
-program.
+taps become `name#t`; everything else stays one step. `trace(..., open_calls=True)` opens every
+call, so that a walk from the output back sees each primitive; a function with its own derivative
+(custom_jvp, custom_vjp) keeps it: its body is opened beside it, and the step that computes its
+result names the body's result first. Only this file knows how JAX represents a program.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 from attnzoom_jax.errors import unknown_name
 
 # The call-like primitives that may be inlined, and the parameter that holds what they call.
 CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
+
+
+# Where weights are applied.
+LINEAR_MAPS = ("conv_general_dilated", "dot_general")
+# Functions with a derivative of their own, and the parameter that holds what they compute.
+CUSTOM_CALLS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,40 @@ class Step:
     inputs: tuple[Any, ...]  # int: a value's number; Constant: the value itself
     outputs: tuple[int, ...]
     tap: str | None  # its name, if this step marks a tap
+    caller: str = ""  # where the call that holds it was written
+
+    @property
+    def primitive(self) -> str:
+        """The primitive's name; `jit:NAME` for a call of a jitted function."""
+        name = self.equation.primitive.name
+        return f"{name}:{self.equation.params['name']}" if name == "jit" else name
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The primitive's parameters."""
+        return self.equation.params
+
+    @property
+    def source(self) -> str:
+        """Where the user's code calls it: file:line (function)."""
+        return source_info_util.summarize(self.equation.source_info) or self.caller
+
+    def apply(self, *inputs: Any) -> list[Any]:
+        """The step on inputs of any float dtype, computed in that dtype.
+
+        A call computes in the dtypes that it was traced with, and returns that of its inputs.
+        """
+        if any(_jaxprs_in(self.equation.params)):
+            traced = [_shape(atom.aval) for atom in self.equation.invars]
+            others, own = inputs[: -len(traced)], inputs[-len(traced) :]
+            cast = [jnp.asarray(x, like.dtype) for x, like in zip(own, traced, strict=True)]
+            wide = jnp.result_type(*(x for x in own if jnp.issubdtype(x.dtype, jnp.floating)))
+            return [output.astype(wide) for output in self.function(*others, *cast)]
+        params = dict(self.equation.params)
+        if "preferred_element_type" in params:
+            params["preferred_element_type"] = None
+        outputs = self.equation.primitive.bind(*inputs, **params)
+        return list(outputs) if self.equation.primitive.multiple_results else [outputs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +80,14 @@ class Constant:
     """A value that the program holds rather than computes."""
 
     value: Any
+
+
+class Values(dict[int, Any]):
+    """What a program computed: {number of a value: array}; a constant stands for itself."""
+
+    def __getitem__(self, ref: Any) -> Any:
+        """The array that a step's input or a program's output refers to."""
+        return ref.value if isinstance(ref, Constant) else super().__getitem__(ref)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +99,7 @@ class Program:
         inputs: numbers of the values that the flattened arguments give.
         outputs: numbers or constants of the flattened results.
         output_tree: structure of the result.
+        shapes: {number of a value: its shape and dtype}.
         taps: {name: shape and dtype}, in order of execution.
     """
 
@@ -56,6 +107,7 @@ class Program:
     inputs: tuple[int, ...]
     outputs: tuple[Any, ...]
     output_tree: Any
+    shapes: Mapping[int, jax.ShapeDtypeStruct]
     taps: Mapping[str, jax.ShapeDtypeStruct]
 
     def run(
@@ -78,21 +130,33 @@ class Program:
         add = add or {}
         for name in (*read, *add):
             self.check_tap(name)
-        values: dict[int, Any] = dict(zip(self.inputs, jax.tree.leaves(args), strict=True))
-        found = {}
+        values = self.evaluate(*args, add=add)
+        found = {
+            step.tap: values[step.outputs[0]]
+            for step in self.steps
+            if step.tap is not None and step.tap in read
+        }
+        outputs = [values[ref] for ref in self.outputs]
+        return jax.tree.unflatten(self.output_tree, outputs), found
 
-        def look_up(ref: Any) -> Any:
-            return ref.value if isinstance(ref, Constant) else values[ref]
+    def evaluate(self, *args: Any, add: Mapping[str, jax.Array] | None = None) -> "Values":
+        """Every value of the program, by its number.
 
+        Args:
+            *args: as given to `trace`, in shape and dtype.
+            add: {tap: array added to its value}.
+
+        Returns:
+            The values; a constant is looked up as itself.
+        """
+        add = add or {}
+        values = Values(zip(self.inputs, jax.tree.leaves(args), strict=True))
         for step in self.steps:
-            results = _apply(step, [look_up(ref) for ref in step.inputs])
-            if step.tap is not None:
-                if step.tap in add:
-                    results = [results[0] + add[step.tap].astype(results[0].dtype)]
-                if step.tap in read:
-                    found[step.tap] = results[0]
+            results = _apply(step, [values[ref] for ref in step.inputs])
+            if step.tap is not None and step.tap in add:
+                results = [results[0] + add[step.tap].astype(results[0].dtype)]
             values.update(zip(step.outputs, results, strict=True))
-        return jax.tree.unflatten(self.output_tree, map(look_up, self.outputs)), found
+        return values
 
     def check_tap(self, name: str) -> None:
         """Raise a ValueError that names near matches if there is no such tap."""
@@ -100,12 +164,16 @@ class Program:
             raise unknown_name("tap", name, self.taps)
 
 
-def trace(fn: Callable[..., Any], *args: Any) -> Program:
+def trace(
+    fn: Callable[..., Any], *args: Any, open_calls: bool = False, whole: Collection[str] = ()
+) -> Program:
     """Trace a function into a program.
 
     Args:
         fn: any JAX function.
         *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+        open_calls: open every call and unroll every scan, not only those that hold a tap.
+        whole: calls that stay one step all the same, as `jit:NAME`.
 
     Returns:
         The program; a tap name that occurs again gets `#1`, `#2`, ...
@@ -115,7 +183,7 @@ def trace(fn: Callable[..., Any], *args: Any) -> Program:
             function with its own derivative, which inlining would lose.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-    flattened = _Flattening()
+    flattened = _Flattening(open_calls, whole)
     inputs = flattened.new_values(closed.jaxpr.invars)
     outputs = flattened.inline(closed, inputs)
     return Program(
@@ -123,6 +191,7 @@ def trace(fn: Callable[..., Any], *args: Any) -> Program:
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         output_tree=jax.tree.structure(shapes),
+        shapes=flattened.shapes,
         taps=flattened.taps,
     )
 
@@ -130,16 +199,19 @@ def trace(fn: Callable[..., Any], *args: Any) -> Program:
 class _Flattening:
     """Collects the steps of a jaxpr and of those it calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_calls: bool, whole: Collection[str]) -> None:
+        self.open_calls = open_calls
+        self.whole = whole
         self.steps: list[Step] = []
         self.taps: dict[str, jax.ShapeDtypeStruct] = {}
-        self.count = 0
+        self.shapes: dict[int, jax.ShapeDtypeStruct] = {}
 
     def new_values(self, variables: Sequence[Any]) -> list[int]:
-        self.count += len(variables)
-        return list(range(self.count - len(variables), self.count))
+        numbers = list(range(len(self.shapes), len(self.shapes) + len(variables)))
+        self.shapes.update(zip(numbers, (_shape(v.aval) for v in variables), strict=True))
+        return numbers
 
-    def inline(self, closed: Any, inputs: Sequence[Any]) -> list[Any]:
+    def inline(self, closed: Any, inputs: Sequence[Any], caller: str = "") -> list[Any]:
         """Append the steps of a closed jaxpr applied to `inputs`; return its outputs."""
         jaxpr = closed.jaxpr
         refs: dict[Any, Any] = dict(zip(jaxpr.constvars, map(Constant, closed.consts), strict=True))
@@ -149,23 +221,49 @@ class _Flattening:
             return Constant(atom.val) if isinstance(atom, core.Literal) else refs[atom]
 
         for equation in jaxpr.eqns:
+            # Inside of JAX's own functions an equation knows no line of the user's.
+            source = source_info_util.summarize(equation.source_info) or caller
             arguments = [look_up(atom) for atom in equation.invars]
-            body = None if equation.primitive.name == "name" else _body_with_tap(equation)
+            body = self.body_to_open(equation)
+            function = _as_function(jaxpr, equation)
             if body is None:
-                outputs = self.append(equation, _as_function(jaxpr, equation), arguments)
+                outputs = self.append(equation, function, arguments, source)
+            elif equation.primitive.name in CUSTOM_CALLS:
+                results = self.inline(body, arguments, source)
+                called = _after(len(results), function)
+                outputs = self.append(equation, called, results + arguments, source)
             else:
-                outputs = self.inline(body, arguments)
+                outputs = self.inline(body, arguments, source)
             refs.update(zip(equation.outvars, outputs, strict=True))
         return [look_up(atom) for atom in jaxpr.outvars]
 
-    def append(self, equation: Any, function: Any, inputs: Sequence[Any]) -> list[int]:
+    def body_to_open(self, equation: Any) -> Any | None:
+        """What an equation calls, as a closed jaxpr, if its steps are to take its place."""
+        primitive = equation.primitive.name
+        if primitive == "name":
+            return None
+        body = _body_with_tap(equation)
+        if primitive == "jit" and f"jit:{equation.params['name']}" in self.whole:
+            if body is not None:
+                raise ValueError(
+                    f"the jitted function {equation.params['name']!r} holds a tap and has a rule "
+                    "as one step; give the rule, or mark the tap, elsewhere"
+                )
+            return None
+        if body is not None or not self.open_calls:
+            return body
+        if primitive == "scan":
+            return _unroll(equation)
+        parameter = (CALLS | CUSTOM_CALLS).get(primitive)
+        return None if parameter is None else _close(equation.params[parameter])
+
+    def append(self, equation: Any, function: Any, inputs: Sequence[Any], caller: str) -> list[int]:
         outputs = self.new_values(equation.outvars)
         tap = None
         if equation.primitive.name == "name":
             tap = self.unused_name(equation.params["name"])
-            aval = equation.outvars[0].aval
-            self.taps[tap] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-        self.steps.append(Step(equation, function, tuple(inputs), tuple(outputs), tap))
+            self.taps[tap] = self.shapes[outputs[0]]
+        self.steps.append(Step(equation, function, tuple(inputs), tuple(outputs), tap, caller))
         return outputs
 
     def unused_name(self, name: str) -> str:
@@ -199,6 +297,11 @@ def _as_function(jaxpr: Any, equation: Any) -> Callable[..., list[Any]]:
         return list(function(*(values[variable] for variable in unique)))
 
     return apply
+
+
+def _after(count: int, function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """The function, taking `count` arguments before its own that it does not look at."""
+    return lambda *arguments: function(*arguments[count:])
 
 
 def _body_with_tap(equation: Any) -> Any | None:
@@ -284,76 +387,3 @@ def _apply(step: Step, inputs: Sequence[Any]) -> list[Any]:
     if step.tap is not None:
         return [checkpoint_name(inputs[0], step.tap)]
     return step.function(*inputs)
-
-
-def list_taps(fn: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:
-    """The taps of a function, in order of execution.
-
-    Args:
-        fn: any JAX function; a Flax model through `models.bind`.
-        *args: its arguments, arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
-
-    Returns:
-        {name: shape}.
-    """
-    return {name: tap.shape for name, tap in trace(fn, *args).taps.items()}
-
-
-def read_taps(
-    fn: Callable[..., Any], images: jax.Array, names: Sequence[str]
-) -> tuple[Any, dict[str, jax.Array]]:
-    """The function's result and the values of some of its taps, from one forward pass.
-
-    Args:
-        fn: any JAX function of images.
-        images: [n, h, w, c].
-        names: taps.
-
-    Returns:
-        fn(images) and {name: value}.
-
-    Raises:
-        ValueError: unknown tap, with near matches.
-    """
-    return trace(fn, images).run(images, read=names)
-
-
-def gate_taps(taps: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The taps that are attention masks with a spatial extent, `<path>/gate`, in order.
-
-    Args:
-        taps: as `list_taps` returns them.
-
-    Returns:
-        Their names.
-    """
-    return [name for name, shape in taps.items() if _is_gate(name) and len(shape) == 4]
-
-
-def default_tap(taps: Mapping[str, tuple[int, ...]]) -> str:
-    """The last tap with a spatial extent, the usual place for a class map.
-
-    Args:
-        taps: as `list_taps` returns them.
-
-    Returns:
-        The name of the last tap of shape [n, h, w, c] with h * w > 1 that is no gate.
-
-    Raises:
-        ValueError: there is none.
-    """
-    spatial = [
-        name
-        for name, shape in taps.items()
-        if len(shape) == 4 and shape[1] * shape[2] > 1 and not _is_gate(name)
-    ]
-    if not spatial:
-        raise ValueError(
-            "no tap has a spatial extent [n, h, w, c]; mark one with "
-            'jax.ad_checkpoint.checkpoint_name(x, "name"), or bind a Flax model with models.bind'
-        )
-    return spatial[-1]
-
-
-def _is_gate(name: str) -> bool:
-    return name.partition("#")[0].split("/")[-1] == "gate"

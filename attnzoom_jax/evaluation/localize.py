@@ -57,7 +57,7 @@ class Localize:
             fn = bind(model, variables, **train_argument(model, False))
             taps = attribution.list_taps(fn, images)
             maps = attribution.grad_cam(
-                fn, images, batch["label"], tap=tap or attribution.default_tap(taps)
+                fn, images, batch["label"], tap=tap or attribution.default_tap(fn, images)
             )
             _, gates = attribution.read_taps(fn, images, attribution.gate_taps(taps))
             crop = data.crop_size or None

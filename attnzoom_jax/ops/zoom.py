@@ -16,6 +16,8 @@ of "SAME" in XLA. The result is s h pixels long, whatever K.
 Source: AttZoom (arXiv 2508.03625), zoom module, equations of the zero insertion and of W_E.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -55,6 +57,26 @@ def zoom_conv(
         )
     if bias is not None and bias.shape != kernel.shape[3:]:
         raise ValueError(f"bias has shape {bias.shape}, expected {kernel.shape[3:]}.")
+    zoomed = linear_zoom(features, kernel, factor=factor)
+    return zoomed if bias is None else zoomed + bias.astype(zoomed.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="factor")
+def linear_zoom(features: jax.Array, kernel: jax.Array, *, factor: int) -> jax.Array:
+    """The part of `zoom_conv` that is linear, one call whatever it is made of.
+
+    Attribution knows the call by its name, and treats it as the convolution that it is.
+
+    Args:
+        features: [n, h, w, c].
+        kernel: [kh, kw, 1 or c, c'].
+        factor: at least 1.
+
+    Returns:
+        [n, factor * h, factor * w, c'].
+    """
+    c = features.shape[-1]
+    depthwise = kernel.shape[2:] == (1, c)
     dtype = jnp.result_type(features, kernel)
     kernel, zero = kernel.astype(dtype), jnp.zeros((), dtype)
     _, h, w, _ = features.shape
@@ -71,7 +93,7 @@ def zoom_conv(
             rows, columns = (p, factor - 1 - p, factor - 1), (q, factor - 1 - q, factor - 1)
             phase = convolve(seen, taps)  # [n, h, w, c']
             zoomed += lax.pad(phase, zero, ((0, 0, 0), rows, columns, (0, 0, 0)))
-    return zoomed if bias is None else zoomed + bias.astype(dtype)
+    return zoomed
 
 
 def bilinear_kernel(factor: int, size: int) -> jax.Array:
