@@ -1,7 +1,11 @@
 """Every key of a config with its simplest value; the experiments change what they need."""
 
+from collections.abc import Iterable, Mapping
+
 import ml_collections
 from ml_collections.config_dict import placeholder
+
+from attnzoom_jax.errors import unknown_name
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -45,6 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "block": placeholder(str),  # "basic", "bottleneck"
                 "shortcut": placeholder(str),  # "projection", "pad"
                 "zero_init_residual": placeholder(bool),
+                "dropout": placeholder(float),  # of VGG, MobileNet, WRN
+                "drop_path": placeholder(float),  # of ConvNeXt
                 "dtype": placeholder(str),  # of the computation: "float32", "bfloat16"
                 "insert": {},  # {path: {"name": layer, **its fields}}
             },
@@ -112,6 +118,41 @@ def use_cifar100(config: ml_collections.ConfigDict) -> None:
     }
 
 
+def use_tiny_imagenet(config: ml_collections.ConfigDict) -> None:
+    """Tiny ImageNet; its validation set is the test set here, as everywhere that reports it."""
+    config.data.update(
+        {
+            "name": "tiny_imagenet",
+            "train_split": "train[:98%]",
+            "mean": (0.4802, 0.4481, 0.3975),
+            "std": (0.2770, 0.2691, 0.2821),
+        }
+    )
+    config.evals.validation = {
+        "name": "classify",
+        "split": "train[98%:]",
+        "prefix": "validation",
+    }
+    config.evals.test.split = "validation"
+    config.evals.test.prefix = "test"
+
+
+def choose(mode: str, choices: dict[str, str], known: Mapping[str, Iterable[str]]) -> str:
+    """Read `key=value,key=value` into choices; return what is left of it, the plain words."""
+    rest = []
+    for word in filter(None, mode.split(",")):
+        key, equals, value = word.partition("=")
+        if not equals:
+            rest.append(word)
+        elif key not in choices:
+            raise unknown_name("choice", key, choices)
+        elif value not in known[key]:
+            raise unknown_name(key, value, known[key])
+        else:
+            choices[key] = value
+    return ",".join(rest)
+
+
 def in_mode(config: ml_collections.ConfigDict, mode: str) -> ml_collections.ConfigDict:
     """The config itself for "", or for "tiny" at a size that trains in seconds, offline."""
     if mode not in ("", "tiny"):
@@ -128,4 +169,5 @@ def in_mode(config: ml_collections.ConfigDict, mode: str) -> ml_collections.Conf
     config.update({"eval_every_steps": 2, "eval_every_epochs": 0.0})
     config.schedule.update({"warmup_steps": None, "warmup_epochs": None})
     config.evals.validation.split = "validation"
+    config.evals.test.split = "test"
     return config

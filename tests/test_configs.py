@@ -3,6 +3,7 @@
 REGENERATE_GOLDEN=1 writes the golden files anew; look at the difference before it is committed.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -19,10 +20,11 @@ import explain
 import train
 from attnzoom_jax.data.source import Source
 from attnzoom_jax.evaluation.restore import restore_model
+from attnzoom_jax.models import create_model
 from attnzoom_jax.training import experiment, sharding
 from attnzoom_jax.training.state import init_variables
 from attnzoom_jax.training.workdir import Workdir, differences, flatten, to_plain
-from configs import default
+from configs import attention_zoom, default
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "configs" / "golden"
@@ -122,3 +124,85 @@ def test_tiny_trains_evaluates_and_explains_offline(name, tmp_path):
             assert image.width > 300 and np.ptp(np.asarray(image.convert("L"))) > 100
     with np.load(tmp_path / "explain" / "maps.npz") as maps:
         assert set(maps.files) == {key.replace("/", ".") for key in arrays}
+
+
+# The tables of AttZoom: configs/attention_zoom.py.
+
+TABLES = [
+    (dataset, backbone)
+    for dataset in attention_zoom.DATASETS
+    for backbone in attention_zoom.BACKBONES
+]
+
+
+def table_config(dataset, backbone, variant, mode=""):
+    choice = f"dataset={dataset},backbone={backbone},variant={variant}"
+    return load("attention_zoom", ",".join(filter(None, [choice, mode])))
+
+
+@functools.cache
+def variant_shapes(backbone, variant):
+    """{parameter path: shape} of a config's model at 32x32 pixels."""
+    config = table_config("cifar100", backbone, variant)
+    model = create_model(num_classes=100, **to_plain(config.model))
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("backbone", attention_zoom.BACKBONES)
+def test_variants_differ_in_the_parameters_of_the_layer_alone(backbone):
+    shapes = {variant: variant_shapes(backbone, variant) for variant in attention_zoom.VARIANTS}
+    base = {f"backbone/{path}": shape for path, shape in shapes["base"].items()}
+    added = {
+        variant: sorted(path for path in found if path not in base)
+        for variant, found in shapes.items()
+        if variant != "base"
+    }
+    mask = "inserted/stem/attention_conv/kernel"
+    zoom = "inserted/stem/zoom/kernel"
+    assert added == {
+        "zoom": [mask, zoom],
+        "mask_only": [mask, zoom],
+        "zoom_only": [zoom],
+        "bilinear": [],
+    }
+    for variant in added:
+        assert base.items() <= shapes[variant].items()
+
+
+def test_rows_are_those_of_the_tables():
+    assert len(attention_zoom.ROWS) == 24
+    config = table_config("cifar100", "se_resnet50", "zoom")
+    assert (config.data.batch_size, config.optimizer.name) == (64, "sgd")
+    assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.99, 6e-4)
+    assert config.schedule.name == "cosine" and config.early_stopping == 5
+    config = table_config("tiny_imagenet", "cbam_resnet50", "base")
+    assert (config.schedule.name, config.schedule.decay_epochs) == ("step", 30.0)
+    assert config.optimizer.learning_rate == 5e-3 and not config.model.insert
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("backbone=resnet5", "unknown backbone 'resnet5'; did you mean 'resnet50'"),
+        ("variant=none", "unknown variant 'none'"),
+        ("model=resnet50", "unknown choice 'model'"),
+    ],
+)
+def test_an_unknown_choice_is_named(mode, message):
+    with pytest.raises(ValueError, match=message):
+        load("attention_zoom", mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dataset", "backbone"), TABLES)
+def test_every_row_takes_two_steps_at_tiny_offline(dataset, backbone, tmp_path):
+    config = table_config(dataset, backbone, "zoom", "tiny")
+    config.total_steps = 2
+    config.train_evals = ()
+    config.best_metric, config.early_stopping = "", 0
+    if config.schedule.name == "plateau":
+        config.schedule.update({"name": "constant", "metric": None})
+    assert int(train.train(config, str(tmp_path), devices=jax.devices()[:1]).step) == 2

@@ -1,6 +1,8 @@
 """Attention layers for any Flax CNN."""
 
 from attnzoom_jax.layers.attention_zoom import AttentionZoom
+from attnzoom_jax.layers.channel_spatial import CBAM, ECA, SqueezeExcite
 from attnzoom_jax.layers.gate import Gate
+from attnzoom_jax.layers.zoom_warp import ZoomWarp
 
-__all__ = ["AttentionZoom", "Gate"]
+__all__ = ["CBAM", "ECA", "AttentionZoom", "Gate", "SqueezeExcite", "ZoomWarp"]

@@ -29,7 +29,8 @@ from attnzoom_jax.layers.gate import Gate
 from attnzoom_jax.ops.masks import saturated_sigmoid
 from attnzoom_jax.ops.zoom import bilinear_kernel, zoom_conv
 
-ZOOM_CONVS = ("depthwise", "full")
+MASKS = ("saturated", "straight_through", "ones")
+ZOOM_CONVS = ("depthwise", "full", "bilinear")
 ZOOM_INITS = ("lecun_normal", "bilinear")
 
 
@@ -47,17 +48,24 @@ class AttentionZoom(nn.Module):
     starts with a checkerboard. `zoom_init="bilinear"` or a `zoom_kernel` divisible by `factor`
     evens it out.
 
+    Controls, each one field away from the layer: `mask="ones"` zooms without attention (no W_A);
+    `factor=1` attends without zoom (W_E stays, at the resolution of the input); `zoom_conv=
+    "bilinear"` zooms by a fixed bilinear kernel (no W_E), with `mask="ones"` too it is nothing but
+    the resolution.
+
     The layer itself is cheap, but everything after it runs on `factor`^2 times as many pixels:
     time and memory of the rest of the network grow by as much.
 
     Attributes:
+        mask: "saturated", the paper's f(A); "straight_through", its values with the gradient of the
+            sigmoid; "ones", no attention.
         threshold: weights that reach it become 1. At or below 0 the mask is all ones, above 1 it
             is the plain sigmoid.
         factor: zoom factor along each axis, at least 1.
         attention_kernel: taps per axis of W_A. An even kernel reaches (K - 1) // 2 pixels back
             and K // 2 ahead.
         zoom_kernel: taps per axis of W_E on the zoomed map, even ones likewise.
-        zoom_conv: "depthwise" (K x K x c weights) or "full" (K x K x c x c).
+        zoom_conv: "depthwise" (K x K x c weights), "full" (K x K x c x c), or "bilinear" (none).
         use_bias: whether both convolutions add a bias.
         zoom_init: start of W_E: "lecun_normal" or "bilinear", which makes the layer a bilinear
             zoom of the masked map at first; that needs zoom_kernel >= 2 * factor - 1.
@@ -65,6 +73,7 @@ class AttentionZoom(nn.Module):
             float32 always.
     """
 
+    mask: str = "saturated"
     threshold: float = 0.5
     factor: int = 2
     attention_kernel: int = 3
@@ -88,17 +97,12 @@ class AttentionZoom(nn.Module):
             ValueError: a field out of range, or an input that is not [n, h, w, c].
         """
         self._check(x)
-        logits = nn.Conv(
-            1,
-            (self.attention_kernel, self.attention_kernel),
-            padding="SAME",
-            use_bias=self.use_bias,
-            dtype=jnp.float32,
-            name="attention_conv",
-        )(x)  # [n, h, w, 1]
-        mask = saturated_sigmoid(logits, threshold=self.threshold)
         dtype = x.dtype if self.dtype is None else self.dtype
-        weighted = (x * Gate(name="gate")(mask)).astype(dtype)
+        weighted = (x if self.mask == "ones" else x * self._mask(x)).astype(dtype)
+        if self.zoom_conv == "bilinear":
+            triangle = bilinear_kernel(self.factor, 2 * self.factor - 1)[:, :, None, None]
+            kernel = jnp.broadcast_to(triangle, (*triangle.shape[:3], x.shape[-1])).astype(dtype)
+            return zoom_conv(weighted, kernel, factor=self.factor)
         return _Zoom(
             factor=self.factor,
             size=self.zoom_kernel,
@@ -108,6 +112,21 @@ class AttentionZoom(nn.Module):
             dtype=dtype,
             name="zoom",
         )(weighted)
+
+    def _mask(self, x: jax.Array) -> jax.Array:
+        logits = nn.Conv(
+            1,
+            (self.attention_kernel, self.attention_kernel),
+            padding="SAME",
+            use_bias=self.use_bias,
+            dtype=jnp.float32,
+            name="attention_conv",
+        )(x)  # [n, h, w, 1]
+        straight_through = self.mask == "straight_through"
+        mask = saturated_sigmoid(
+            logits, threshold=self.threshold, straight_through=straight_through
+        )
+        return Gate(name="gate")(mask)
 
     def _zoom_init(self) -> Initializer:
         if self.zoom_init == "lecun_normal":
@@ -139,7 +158,11 @@ class AttentionZoom(nn.Module):
             raise ValueError(
                 f"AttentionZoom.threshold is {self.threshold!r}, expected a number; try 0.5."
             )
-        for field, choices in (("zoom_conv", ZOOM_CONVS), ("zoom_init", ZOOM_INITS)):
+        for field, choices in (
+            ("mask", MASKS),
+            ("zoom_conv", ZOOM_CONVS),
+            ("zoom_init", ZOOM_INITS),
+        ):
             value = getattr(self, field)
             if value not in choices:
                 raise unknown_name(f"AttentionZoom.{field}", value, choices)

@@ -7,8 +7,16 @@ import flax.linen as nn
 
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.layers.attention_zoom import AttentionZoom
+from attnzoom_jax.layers.channel_spatial import CBAM, ECA, SqueezeExcite
+from attnzoom_jax.layers.zoom_warp import ZoomWarp
 
-_LAYERS: dict[str, type[nn.Module]] = {"attention_zoom": AttentionZoom}
+_LAYERS: dict[str, type[nn.Module]] = {
+    "attention_zoom": AttentionZoom,
+    "squeeze_excite": SqueezeExcite,
+    "eca": ECA,
+    "cbam": CBAM,
+    "zoom_warp": ZoomWarp,
+}
 LAYER_NAMES: tuple[str, ...] = tuple(_LAYERS)
 
 

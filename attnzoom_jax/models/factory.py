@@ -13,20 +13,29 @@ import flax.linen as nn
 
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.layers.factory import create_layer
+from attnzoom_jax.models.convnext import ConvNeXt
+from attnzoom_jax.models.densenet import DenseNet
 from attnzoom_jax.models.insert import Insert
+from attnzoom_jax.models.iresnet import IResNet
+from attnzoom_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from attnzoom_jax.models.resnet import ResNet
+from attnzoom_jax.models.vgg import VGG
+from attnzoom_jax.models.wide_resnet import WideResNet
 
 # `resnet` is free; every other name fixes what makes it that network.
 _basic = functools.partial(ResNet, block="basic")
-_bottleneck = functools.partial(ResNet, block="bottleneck")
+_bottleneck = functools.partial(ResNet, block="bottleneck", groups=1, width_per_group=64)
+_resnet50 = functools.partial(_bottleneck, stage_sizes=(3, 4, 6, 3))
 _cifar_resnet = functools.partial(ResNet, stem="cifar", block="basic", shortcut="pad", width=16)
+_vgg16 = functools.partial(VGG, stage_sizes=(2, 2, 3, 3, 3))
+_vgg19 = functools.partial(VGG, stage_sizes=(2, 2, 4, 4, 4))
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet": ResNet,
     "resnet10": functools.partial(_basic, stage_sizes=(1, 1, 1, 1)),
     "resnet18": functools.partial(_basic, stage_sizes=(2, 2, 2, 2)),
     "resnet34": functools.partial(_basic, stage_sizes=(3, 4, 6, 3)),
-    "resnet50": functools.partial(_bottleneck, stage_sizes=(3, 4, 6, 3)),
+    "resnet50": _resnet50,
     "resnet101": functools.partial(_bottleneck, stage_sizes=(3, 4, 23, 3)),
     "resnet152": functools.partial(_bottleneck, stage_sizes=(3, 8, 36, 3)),
     # He et al. 2016, section 4.2: 6n + 2 layers.
@@ -34,9 +43,25 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet32": functools.partial(_cifar_resnet, stage_sizes=(5, 5, 5)),
     "cifar_resnet44": functools.partial(_cifar_resnet, stage_sizes=(7, 7, 7)),
     "cifar_resnet56": functools.partial(_cifar_resnet, stage_sizes=(9, 9, 9)),
+    "resnext50_32x4d": functools.partial(_resnet50, groups=32, width_per_group=4),
+    "se_resnet50": functools.partial(_resnet50, attention="squeeze_excite"),
+    "cbam_resnet50": functools.partial(_resnet50, attention="cbam"),
+    # Zagoruyko and Komodakis 2016: 6 * 4 + 4 layers, 10 times as wide.
+    "wide_resnet28_10": functools.partial(WideResNet, stage_sizes=(4, 4, 4), widen=10),
+    "iresnet50": functools.partial(IResNet, stage_sizes=(3, 4, 6, 3)),
+    "vgg16": functools.partial(_vgg16, norm="none"),
+    "vgg16_bn": functools.partial(_vgg16, norm="batch"),
+    "vgg19": functools.partial(_vgg19, norm="none"),
+    "vgg19_bn": functools.partial(_vgg19, norm="batch"),
+    "densenet121": functools.partial(DenseNet, stage_sizes=(6, 12, 24, 16)),
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+    "convnext_tiny": functools.partial(ConvNeXt, stage_sizes=(3, 3, 9, 3)),
 }
 
-FIXED = frozenset({"stage_sizes", "block", "shortcut"})
+FIXED = frozenset(
+    {"stage_sizes", "block", "shortcut", "groups", "width_per_group", "attention", "widen", "norm"}
+)
 LINEN_FIELDS = ("parent", "name")
 MODEL_NAMES: tuple[str, ...] = tuple(_MODELS)
 
@@ -52,12 +77,24 @@ def create_model(
 
     The options are the fields of the model's class, and in a config the keys of `config.model`:
 
-    | models                     | class  | options                                        |
-    |----------------------------|--------|------------------------------------------------|
-    | resnet10 18 34 50 101 152  | ResNet | stem="imagenet", width=64, zero_init_residual, |
-    |                            |        | dtype                                          |
-    | cifar_resnet20 32 44 56    | ResNet | stem="cifar", width=16, and as above           |
-    | resnet                     | ResNet | stage_sizes, block, shortcut, and as above     |
+    | models                     | class       | options                                        |
+    |----------------------------|-------------|------------------------------------------------|
+    | resnet10 18 34 50 101 152  | ResNet      | stem="imagenet", width=64, zero_init_residual, |
+    |                            |             | attention="" ("squeeze_excite", "eca",         |
+    |                            |             | "cbam"), dtype                                 |
+    | cifar_resnet20 32 44 56    | ResNet      | stem="cifar", width=16, and as above           |
+    | resnext50_32x4d            | ResNet      | as resnet50                                    |
+    | se_resnet50, cbam_resnet50 | ResNet      | as resnet50, but for attention                 |
+    | resnet                     | ResNet      | stage_sizes, block, shortcut, groups,          |
+    |                            |             | width_per_group, and as resnet50               |
+    | wide_resnet28_10           | WideResNet  | stem="cifar", width=16, dropout=0.0, dtype     |
+    | iresnet50                  | IResNet     | stem="imagenet", width=64, dtype               |
+    | vgg16 19, vgg16_bn 19_bn   | VGG         | stem="imagenet", width=64, dropout=0.5, dtype  |
+    | densenet121                | DenseNet    | stem="imagenet", width=64, dtype               |
+    | mobilenet_v1               | MobileNetV1 | stem="imagenet", width=32, dropout=0.0, dtype  |
+    | mobilenet_v2               | MobileNetV2 | stem="imagenet", width=32, dropout=0.2, dtype  |
+    | convnext_tiny              | ConvNeXt    | stem="imagenet", width=96, drop_path=0.0,      |
+    |                            |             | dtype                                          |
 
     Args:
         name: one of MODEL_NAMES.
@@ -84,10 +121,7 @@ def create_model(
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     for option in options:
         if option in fixed:
-            raise ValueError(
-                f"{option} is what makes {name} that network; for another one take the name "
-                "'resnet' and set stage_sizes, block and shortcut"
-            )
+            raise ValueError(f"{option} is what makes {name} that network; {_free_form(create)}")
         if option not in fields:
             raise unknown_name(f"option of {name}", option, [f for f in fields if f not in fixed])
     model = create(num_classes=num_classes, **options)
@@ -100,3 +134,10 @@ def create_model(
                 '{"name": "attention_zoom", "threshold": 0.5}'
             )
     return Insert(model, {path: create_layer(**layer) for path, layer in insert.items()})
+
+
+def _free_form(create: Any) -> str:
+    """Where to set what a name fixes, for the end of an error."""
+    if create.func is ResNet:
+        return f"for another one take the name 'resnet' and set {', '.join(create.keywords)}"
+    return f"for another one build {create.func.__module__}.{create.func.__name__}"

@@ -1,4 +1,4 @@
-"""Residual networks for ImageNet-like and for CIFAR-like images.
+"""Residual networks, ResNeXt, and residual networks with attention in every block.
 
 A block adds what it computes to what it was given and ends in a ReLU (He et al. 2016, equation 1):
 
@@ -14,19 +14,31 @@ puts it on the first 1x1). Where shape changes, shortcut(x) is
     projection   conv 1x1 stride s, norm                               (option B of the paper)
     pad          x[:, ::s, ::s] with zero channels, no parameters      (option A)
 
+ResNeXt is the bottleneck with a grouped 3x3 convolution, of `groups` times
+int(channels * width_per_group / 64) channels. An attention layer stands at the end of F, before the
+sum.
+
 Every convolution and pool is padded explicitly and alike on both sides, as in PyTorch: "SAME" would
 pad a strided convolution of an even map on one side only, and converted weights would then give
 other values.
 
 Sources: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, table 1
 (ImageNet) and section 4.2 (CIFAR); Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1
-(stride of the bottleneck, last norm of a block initialised to zero).
+(stride of the bottleneck, last norm of a block initialised to zero); Xie et al., "Aggregated
+Residual Transformations for Deep Neural Networks", CVPR 2017, table 1; Hu et al., "Squeeze-and-
+Excitation Networks", CVPR 2018, figure 3, and Woo et al., "CBAM", ECCV 2018, figure 3 (where the
+attention stands).
 
-Names are an interface, for checkpoints and for taps:
+Names are an interface, for checkpoints and for taps. In torchvision, and for attention in timm
+(`seresnet50`, `ecaresnet50`, not the legacy ones, which stride elsewhere) or the authors' code:
 
-    stem/{conv1,norm1,relu1}
-    stage1/block1/{conv1,norm1,relu1,conv2,norm2,relu2[,conv3,norm3,relu3][,shortcut_conv,shortcut_norm]}
-    head
+| path                                        | torch                                            |
+|---------------------------------------------|--------------------------------------------------|
+| stem/{conv1,norm1}, stem/relu1              | conv1, bn1                                       |
+| stage1/block1/{conv1,norm1}, .../relu1      | layer1.0.{conv1,bn1}; likewise 2, and 3 if there |
+| stage1/block1/attention                     | layer1.0.se, .eca, .cbam                         |
+| stage1/block1/{shortcut_conv,shortcut_norm} | layer1.0.downsample.{0,1}                        |
+| head                                        | fc                                               |
 
 The last ReLU of a block, of its stage's last block and the stage end at the same value: `stage3`,
 `stage3/block6` and `stage3/block6/relu3` are one map of ResNet-50.
@@ -39,60 +51,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.layers.channel_spatial import CBAM, ECA, SqueezeExcite
+from attnzoom_jax.models.blocks import Conv, Norm, ReLU, Stem, check_fields, check_images
+from attnzoom_jax.models.insert import train_argument
 
-STEMS = ("imagenet", "cifar", "small")
 BLOCKS = ("basic", "bottleneck")
 SHORTCUTS = ("projection", "pad")
-DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = {"squeeze_excite": SqueezeExcite, "eca": ECA, "cbam": CBAM}  # "": none
 
 BOTTLENECK_EXPANSION = 4
-
-# A plain normal, not a truncated one, as torch's `kaiming_normal_(mode="fan_out")`.
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_Conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_he_normal)
-# torch counts momentum the other way round: its 0.1 is 0.9 here.
-_Norm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
-
-
-class ReLU(nn.Module):
-    """ReLU as a module without parameters, so that its output has a path and can be tapped."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns max(x, 0), of the shape and dtype of x."""
-        return nn.relu(x)
-
-
-class Stem(nn.Module):
-    """The layers before the first stage; ends after the ReLU, or the pool where there is one.
-
-    Attributes:
-        kind: "imagenet" is a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2 (maps a
-            quarter as high and wide as the image), "small" a 3x3 convolution of stride 2 (half),
-            "cifar" a 3x3 convolution of stride 1 (as large as the image).
-        channels: channels of the output, at least 1.
-        dtype: dtype of the computation.
-    """
-
-    kind: str
-    channels: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images [n, h, w, c] to features [n, h', w', channels]."""
-        size, stride = {"imagenet": (7, 2), "cifar": (3, 1), "small": (3, 2)}[self.kind]
-        conv = _Conv(
-            self.channels, (size, size), stride, padding=size // 2, dtype=self.dtype, name="conv1"
-        )
-        norm = _Norm(use_running_average=not train, dtype=self.dtype, name="norm1")
-        x = ReLU(name="relu1")(norm(conv(x)))
-        if self.kind == "imagenet":
-            # Pads with -inf, as torch does. The annotation in Flax has no room for explicit pads.
-            pads: Any = ((1, 1), (1, 1))
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pads)
-        return x
 
 
 class Block(nn.Module):
@@ -100,12 +67,16 @@ class Block(nn.Module):
 
     Attributes:
         kind: one of BLOCKS.
-        channels: channels of the 3x3 convolutions, at least 1; a bottleneck's output has 4 times as
-            many.
+        channels: channels of the basic block's convolutions, at least 1, and a quarter of those of
+            a bottleneck's output.
         stride: spatial stride of the block, 1 or 2.
         shortcut: one of SHORTCUTS, used only where the block changes the shape.
         zero_init_residual: start the scale of the last norm at 0, so that the block starts as the
             ReLU of its shortcut.
+        groups: groups of the bottleneck's 3x3 convolution.
+        width_per_group: its channels in each group, for 64 channels; in proportion for others, at
+            least 1.
+        attention: one of ATTENTIONS, or "".
         dtype: dtype of the computation.
     """
 
@@ -114,34 +85,51 @@ class Block(nn.Module):
     stride: int = 1
     shortcut: str = "projection"
     zero_init_residual: bool = False
+    groups: int = 1
+    width_per_group: int = 64
+    attention: str = ""
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps features [n, h, w, c] to [n, ceil(h/stride), ceil(w/stride), c']."""
-        norm = functools.partial(_Norm, use_running_average=not train, dtype=self.dtype)
+        norm = functools.partial(Norm, use_running_average=not train, dtype=self.dtype)
         c, s = self.channels, self.stride
         if self.kind == "basic":
-            layers = [(c, 3, s), (c, 3, 1)]  # channels, kernel size, stride
+            layers = [(c, 3, s, 1), (c, 3, 1, 1)]  # channels, kernel size, stride, groups
         else:
-            layers = [(c, 1, 1), (c, 3, s), (c * BOTTLENECK_EXPANSION, 1, 1)]
+            inner = max(c * self.width_per_group // 64, 1) * self.groups
+            layers = [
+                (inner, 1, 1, 1),
+                (inner, 3, s, self.groups),
+                (c * BOTTLENECK_EXPANSION, 1, 1, 1),
+            ]
 
         y = x
-        for i, (channels, size, stride) in enumerate(layers, start=1):
-            y = _Conv(
-                channels, (size, size), stride, padding=size // 2, dtype=self.dtype, name=f"conv{i}"
+        for i, (channels, size, stride, groups) in enumerate(layers, start=1):
+            y = Conv(
+                channels,
+                (size, size),
+                stride,
+                padding=size // 2,
+                feature_group_count=groups,
+                dtype=self.dtype,
+                name=f"conv{i}",
             )(y)
             if i < len(layers):
                 y = ReLU(name=f"relu{i}")(norm(name=f"norm{i}")(y))
         init = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
         y = norm(scale_init=init, name=f"norm{len(layers)}")(y)
+        if self.attention:
+            attention = ATTENTIONS[self.attention](name="attention")
+            y = attention(y, **train_argument(attention, train))
 
         # Asked of the fields rather than of y: a layer inserted into the block may change the size
         # of y, and must not change which parameters there are.
         c_out = layers[-1][0]
         if s != 1 or x.shape[-1] != c_out:
             if self.shortcut == "projection":
-                x = _Conv(c_out, (1, 1), s, padding=0, dtype=self.dtype, name="shortcut_conv")(x)
+                x = Conv(c_out, (1, 1), s, padding=0, dtype=self.dtype, name="shortcut_conv")(x)
                 x = norm(name="shortcut_norm")(x)
             else:
                 x = pad_shortcut(x, channels=c_out, stride=s)
@@ -180,7 +168,8 @@ class Stage(nn.Module):
     Attributes:
         size: number of blocks, at least 1.
         stride: stride of the first block.
-        kind, channels, shortcut, zero_init_residual, dtype: as in Block.
+        kind, channels, shortcut, zero_init_residual, groups, width_per_group, attention, dtype: as
+            in Block.
     """
 
     size: int
@@ -189,6 +178,9 @@ class Stage(nn.Module):
     channels: int
     shortcut: str = "projection"
     zero_init_residual: bool = False
+    groups: int = 1
+    width_per_group: int = 64
+    attention: str = ""
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -201,6 +193,9 @@ class Stage(nn.Module):
                 stride=self.stride if i == 0 else 1,
                 shortcut=self.shortcut,
                 zero_init_residual=self.zero_init_residual,
+                groups=self.groups,
+                width_per_group=self.width_per_group,
+                attention=self.attention,
                 dtype=self.dtype,
                 name=f"block{i + 1}",
             )(x, train=train)
@@ -222,12 +217,15 @@ class ResNet(nn.Module):
     | shortcut           | "projection" or "pad", see the top of this file          | "projection" |
     | width              | channels of stem and stage1; doubles at every next stage | 64           |
     | zero_init_residual | the last norm scale of each block starts at 0            | False        |
+    | groups             | of the bottleneck's 3x3 convolution, at least 1          | 1            |
+    | width_per_group    | its channels per group in stage1 of width 64, at least 1 | 64           |
+    | attention          | "squeeze_excite", "eca", "cbam" in every block; "": none | ""           |
     | dtype              | compute: "float32", "bfloat16", "float16", or that dtype | float32      |
 
     Raises:
         ValueError: a field holds a value outside its row of the table.
 
-    Source: He et al. 2016, table 1 and section 4.2.
+    Source: He et al. 2016, table 1 and section 4.2; Xie et al. 2017, table 1.
     """
 
     num_classes: int
@@ -237,26 +235,26 @@ class ResNet(nn.Module):
     shortcut: str = "projection"
     width: int = 64
     zero_init_residual: bool = False
+    groups: int = 1
+    width_per_group: int = 64
+    attention: str = ""
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        _check_choice("stem", self.stem, STEMS)
-        _check_choice("block", self.block, BLOCKS)
-        _check_choice("shortcut", self.shortcut, SHORTCUTS)
-        try:
-            dtype_name = jnp.dtype(self.dtype).name
-        except TypeError:
-            dtype_name = str(self.dtype)
-        _check_choice("dtype", dtype_name, DTYPES)
-        for field in ("num_classes", "width"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ValueError(
-                    f"{field}={getattr(self, field)}: expected an integer of at least 1"
-                )
+        check_fields(self, block=BLOCKS, shortcut=SHORTCUTS, attention=("", *ATTENTIONS))
         if not self.stage_sizes or min(self.stage_sizes) < 1:
             raise ValueError(
                 f"stage_sizes={self.stage_sizes}: expected the number of blocks of each stage, "
                 "each at least 1, such as (2, 2, 2, 2)"
+            )
+        for field in ("groups", "width_per_group"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field}={value}: expected an integer of at least 1")
+        if self.block == "basic" and (self.groups, self.width_per_group) != (1, 64):
+            raise ValueError(
+                f"groups={self.groups} and width_per_group={self.width_per_group} are for the 3x3 "
+                'convolution of bottlenecks; set block="bottleneck", or keep 1 and 64'
             )
         super().__post_init__()
 
@@ -275,11 +273,7 @@ class ResNet(nn.Module):
         Raises:
             ValueError: images are not [n, h, w, c].
         """
-        if images.ndim != 4:
-            raise ValueError(
-                f"images of shape {images.shape}: expected a batch [n, h, w, c]; "
-                "add the batch axis of a single image with images[None]"
-            )
+        check_images(images)
         x = Stem(self.stem, self.width, self.dtype, name="stem")(images, train=train)
         for i, size in enumerate(self.stage_sizes):
             x = Stage(
@@ -289,13 +283,11 @@ class ResNet(nn.Module):
                 channels=self.width * 2**i,
                 shortcut=self.shortcut,
                 zero_init_residual=self.zero_init_residual,
+                groups=self.groups,
+                width_per_group=self.width_per_group,
+                attention=self.attention,
                 dtype=self.dtype,
                 name=f"stage{i + 1}",
             )(x, train=train)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))  # [n, c]
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)
-
-
-def _check_choice(field: str, value: str, choices: tuple[str, ...]):
-    if value not in choices:
-        raise unknown_name(field, value, choices)

@@ -211,3 +211,47 @@ def test_bad_fields(fields, message):
 def test_input_without_batch_axis():
     with pytest.raises(ValueError, match=r"\[n, h, w, c\], got shape \(5, 6, 3\)"):
         init(AttentionZoom(), IMAGES[0])
+
+
+def parameters(layer):
+    return sorted(
+        "/".join(key.key for key in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(init(layer).get("params", {}))
+    )
+
+
+BOTH = ["attention_conv/kernel", "zoom/kernel"]
+CONTROLS = {
+    "the layer": ({}, BOTH, (10, 12)),
+    "straight through": ({"mask": "straight_through"}, BOTH, (10, 12)),
+    "zoom without attention": ({"mask": "ones"}, ["zoom/kernel"], (10, 12)),
+    "attention without zoom": ({"factor": 1}, BOTH, (5, 6)),
+    "bilinear": ({"mask": "ones", "zoom_conv": "bilinear"}, [], (10, 12)),
+    "attention, bilinear": ({"zoom_conv": "bilinear"}, ["attention_conv/kernel"], (10, 12)),
+}
+
+
+@pytest.mark.parametrize(("fields", "expected", "size"), CONTROLS.values(), ids=CONTROLS)
+def test_controls_differ_in_what_they_leave_out(fields, expected, size):
+    layer = AttentionZoom(**fields)
+    assert parameters(layer) == expected
+    assert apply(layer, init(layer)).shape == (2, *size, 3)
+
+
+def test_controls_equal_the_layer_where_they_leave_nothing_out():
+    """At a threshold of 0 the mask is 1, and W_E that starts as a triangle is the bilinear zoom."""
+    layer = AttentionZoom(threshold=0.0, zoom_init="bilinear")
+    expected = apply(layer, variables := init(layer))
+    zoom = {"params": {"zoom": variables["params"]["zoom"]}}
+    np.testing.assert_array_equal(apply(AttentionZoom(mask="ones"), zoom), expected)
+    bilinear = AttentionZoom(mask="ones", zoom_conv="bilinear")
+    np.testing.assert_allclose(apply(bilinear, {}), expected, rtol=1e-6)
+
+
+def test_straight_through_gives_the_same_values_and_lets_a_dead_mask_learn():
+    layer = AttentionZoom(threshold=0.0, mask="straight_through")
+    variables = init(layer)
+    np.testing.assert_array_equal(
+        apply(layer, variables), apply(AttentionZoom(threshold=0.0), variables)
+    )
+    assert np.abs(attention_gradient(layer, variables)).max() > 1e-4

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from attnzoom_jax.attribution import read_taps
 from attnzoom_jax.attribution.program import trace
-from attnzoom_jax.layers import AttentionZoom
+from attnzoom_jax.layers import AttentionZoom, Gate, ZoomWarp
 from attnzoom_jax.models import Insert, bind, create_model
 
 RNG = np.random.default_rng(0)
@@ -324,3 +325,237 @@ def test_a_layer_keeps_the_dtype_of_the_map_it_stands_on():
     assert taps["backbone/stem/before"].dtype == taps["backbone/stem"].dtype == jnp.bfloat16
     assert taps["backbone/stage1"].dtype == jnp.bfloat16
     assert taps["inserted/stem/gate"].dtype == jnp.float32
+
+
+# ---------------------------------------------------------------------- layers that read other taps
+
+
+class Reader(nn.Module):
+    """A layer that keeps what it was passed, and adds its mean."""
+
+    reads: str | tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, *values, train: bool = False):
+        self.sow("seen", "values", values)
+        return x + sum(value.mean() for value in values) + (100 if train else 0)
+
+
+class Gated(nn.Module):
+    """A CNN with a mask of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(3, (3, 3), name="conv")(x)
+        x = x * Gate(name="gate")(nn.sigmoid(x.mean(-1, keepdims=True)))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "others", "where", "names"),
+    [
+        (
+            Stranger(),
+            {"Block_0": AttentionZoom()},
+            "Block_1",
+            {
+                "Block_0/gate": "inserted/Block_0/gate",
+                "Block_0": "backbone/Block_0",
+                "Block_0/before": "backbone/Block_0/before",
+                "Block_0/Conv_0": "backbone/Block_0/Conv_0",
+                "input": None,  # the images
+                "Block_1/before": "backbone/Block_1/before",
+            },
+        ),
+        (
+            Stranger(),
+            {"Block_0/Conv_0": AttentionZoom(threshold=2.0), "input": Double()},
+            "Dense_0",
+            {
+                "Block_0/Conv_0/gate": "inserted/Block_0.Conv_0/gate",
+                "Block_1": "backbone/Block_1",
+                "input/before": None,
+                "input": "inserted/input",
+            },
+        ),
+        (
+            Plain(),
+            {"twins/1": Double()},
+            "Dense_0",
+            {
+                "twins/0": "backbone/twins/0",
+                "twins/1": "backbone/twins/1",
+                "conv": "backbone/conv",
+                "conv#1": "backbone/conv#1",
+            },
+        ),
+        (Gated(), {}, "head", {"gate": "backbone/gate"}),
+    ],
+)
+def test_a_layer_is_passed_what_it_reads(backbone, others, where, names):
+    model = Insert(backbone, {where: Reader(tuple(names)), **others})
+    variables = model.init(KEY, IMAGES)
+    variables.pop("seen", None)
+    key = where.replace("/", ".")
+    for apply in (model.apply, jax.jit(model.apply, static_argnames="mutable")):
+        _, state = apply(variables, IMAGES, mutable=("seen",))
+        (seen,) = state["seen"]["inserted"][key]["values"]
+        marked = list(filter(None, names.values()))
+        _, taps = read_taps(bind(model, variables), IMAGES, marked)
+        for value, (name, tap) in zip(seen, names.items(), strict=True):
+            expected = taps[tap] if tap else IMAGES
+            np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+class Masker(nn.Module):
+    """A layer that marks a mask and does nothing with it."""
+
+    @nn.compact
+    def __call__(self, x):
+        Gate(name="gate")(nn.sigmoid(nn.Conv(1, (3, 3), name="conv")(x)))
+        return x
+
+
+def test_what_is_read_is_trained_through():
+    warp = ZoomWarp(reads="Block_0/gate", cells=8, fwhm=3.0, temperature=0.2)
+    model = Insert(Stranger(), {"Block_0": Masker(), "Block_1": warp})
+    variables = model.init(KEY, IMAGES)
+    assert set(variables["params"]["inserted"]) == {"Block_0"}  # the warp has no parameters
+
+    @jax.jit
+    def loss(kernel):
+        params = jax.tree.map(lambda x: x, variables["params"])
+        params["inserted"]["Block_0"]["conv"]["kernel"] = kernel
+        logits = model.apply({**variables, "params": params}, IMAGES)
+        return (logits[:, 0] * jnp.arange(8)).sum()
+
+    kernel = variables["params"]["inserted"]["Block_0"]["conv"]["kernel"]
+    grad = jax.grad(loss)(kernel)
+    size = jnp.sqrt((grad**2).sum())
+    step = 0.01 * grad / size
+    measured = (loss(kernel + step) - loss(kernel - step)) / 0.02
+    assert size > 0.1
+    np.testing.assert_allclose(size, measured, rtol=0.05)
+
+
+def test_a_warp_by_a_saturated_mask_changes_nothing():
+    zoom = {"Block_0": AttentionZoom(threshold=0.0)}
+    warp = {"Block_1": ZoomWarp(reads="Block_0/gate")}
+    model = Insert(Stranger(), zoom)
+    variables = model.init(KEY, IMAGES)
+    np.testing.assert_array_equal(
+        Insert(Stranger(), {**warp, **zoom}).apply(variables, IMAGES),
+        model.apply(variables, IMAGES),
+    )
+
+
+def test_a_reader_is_told_train_too():
+    model = Insert(Stranger(), {"Block_1": Reader("Block_0")})
+    variables = model.init(KEY, IMAGES)
+    told = model.apply(variables, IMAGES, train=True, mutable=["batch_stats", "seen"])[0]
+    assert np.abs(told - model.apply(variables, IMAGES, train=False)).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "message"),
+    [
+        (
+            Stranger(),
+            {"Block_0": AttentionZoom(), "Block_1": Reader("Block_0/gat")},
+            "tap that the layer at 'Block_1' reads 'Block_0/gat'; did you mean 'Block_0/gate'",
+        ),
+        (
+            Stranger(),
+            {"Block_0": Reader("Block_1/gate"), "Block_1": AttentionZoom()},
+            "layer at 'Block_0' reads 'Block_1/gate', which comes later.*can read: .*Block_0/Conv",
+        ),
+        (Stranger(), {"Block_1": Reader("Block_1")}, "its own result.*Block_1/before"),
+        (Stranger(), {"input": Reader("Block_0")}, "images come before every tap"),
+        (Stranger(), {"input": Reader("input")}, "read 'input/before'"),
+        (Stranger(), {"input": Reader("imput")}, "reads 'imput'; did you mean 'input"),
+        (Stranger(), {"Block_0/gate": Double()}, "unknown path for Insert 'Block_0/gate'"),
+    ],
+)
+def test_unreadable_taps(backbone, layers, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: Insert(backbone, layers).init(KEY, IMAGES))
+
+
+def test_a_call_that_fails_without_its_layer_says_what_the_layer_could_not_read():
+    class Halve(Reader):
+        @nn.compact
+        def __call__(self, x, *values):
+            return x[..., :3]
+
+    variables = Insert(Stranger(), {"Block_0": Halve("Block_0/Conv_0")}).init(KEY, IMAGES)
+    wrong = Insert(Stranger(), {"Block_0": Halve("Block_0/Cnov_0")})
+    with pytest.raises(ValueError, match="did you mean 'Block_0/Conv_0'") as error:
+        wrong.apply(variables, IMAGES)
+    assert error.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("transform", ["jit", "remat", "scan"])
+def test_what_lies_inside_a_lifted_transformation_cannot_be_read(transform):
+    inside = "block/conv" if transform == "scan" else "block/Conv_0"
+    for _ in range(2):
+        model = Insert(Transformed(transform), {"head": Reader(inside)})
+        with pytest.raises(ValueError, match=r"lifted transformation|unknown tap"):
+            model.init(KEY, IMAGES)
+
+
+def test_a_mask_inside_a_lifted_transformation_cannot_be_read():
+    class Lifted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nn.remat(Gated)(name="gated")(x))
+
+    with pytest.raises(ValueError, match="'gated/gate', which lies inside a lifted transformation"):
+        Insert(Lifted(), {"head": Reader("gated/gate")}).init(KEY, IMAGES)
+
+
+def test_a_name_for_two_values_is_refused():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(Gated(name="gated")(x))
+
+    layers = {"gated": Doubled(), "head": Reader("gated/gate")}
+    with pytest.raises(ValueError, match="'gated/gate', which two values"):
+        Insert(Masked(), layers).init(KEY, IMAGES)
+
+
+class Doubled(nn.Module):
+    """A layer whose mask is twos."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * Gate(name="gate")(jnp.full(x.shape, 2.0))
+
+
+def test_a_reader_in_an_insert_inside_an_insert():
+    inner = Insert(Stranger(), {"Block_0": AttentionZoom()})
+    names = ("inserted/Block_0/gate", "backbone/Block_0")
+    outer = Insert(inner, {"backbone/Block_1": Reader(names)})
+    variables = outer.init(KEY, IMAGES)
+    _, state = outer.apply(variables, IMAGES, mutable=["seen"])
+    (seen,) = state["seen"]["inserted"]["backbone.Block_1"]["values"][-1:]
+    _, taps = read_taps(bind(outer, variables), IMAGES, [f"backbone/{name}" for name in names])
+    for value, tap in zip(seen, taps.values(), strict=True):
+        np.testing.assert_allclose(value, tap, rtol=1e-4, atol=1e-5)
+
+
+def test_a_warp_by_config():
+    model = create_model(
+        "resnet10",
+        num_classes=3,
+        stem="cifar",
+        width=4,
+        insert={
+            "stage2": {"name": "zoom_warp", "reads": ["stage1/gate", "stem"], "size": [4, 4]},
+            "stage1": {"name": "attention_zoom"},
+        },
+    )
+    variables = jax.eval_shape(lambda: model.init(KEY, IMAGES))
+    taps = trace(lambda v, x: bind(model, v, train=False)(x), variables, IMAGES).taps
+    assert taps["inserted/stage2/gate"].shape == (8, 31, 31, 1)
+    assert taps["backbone/stage2"].shape == (8, 4, 4, 8)

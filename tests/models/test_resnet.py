@@ -1,10 +1,14 @@
 """The residual networks against a slow NumPy forward pass, and the promises of their names."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnzoom_jax.layers import CBAM, ECA, SqueezeExcite
+from attnzoom_jax.models import Insert
 from attnzoom_jax.models.resnet import ResNet, pad_shortcut
 
 # ---- the oracle: float64, one output pixel at a time, nothing taken from the package
@@ -12,13 +16,17 @@ from attnzoom_jax.models.resnet import ResNet, pad_shortcut
 
 def slow_conv(x, kernel, *, stride, pad):
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    size = kernel.shape[0]
+    size, _, c_in, c_out = kernel.shape
     h, w = ((s - size) // stride + 1 for s in x.shape[1:3])
-    y = np.zeros((x.shape[0], h, w, kernel.shape[-1]))
+    y = np.zeros((x.shape[0], h, w, c_out))
+    groups = x.shape[-1] // c_in  # the first outputs see the first inputs, and so on
     for i in range(h):
         for j in range(w):
             patch = x[:, i * stride : i * stride + size, j * stride : j * stride + size]
-            y[:, i, j] = np.einsum("nabc,abcd->nd", patch, kernel)
+            for g in range(groups):
+                seen = np.s_[..., g * c_in : (g + 1) * c_in]
+                made = np.s_[..., g * c_out // groups : (g + 1) * c_out // groups]
+                y[:, i, j][made] = np.einsum("nabc,abcd->nd", patch[seen], kernel[made])
     return y
 
 
@@ -126,16 +134,17 @@ def flat_taps(state):
 
 
 @pytest.mark.parametrize(
-    ("stem", "block", "shortcut", "stage_sizes"),
+    ("stem", "block", "stage_sizes", "options"),
     [
-        ("imagenet", "basic", "projection", (1, 2)),
-        ("cifar", "bottleneck", "projection", (2, 1)),
-        ("cifar", "basic", "pad", (1, 2, 1)),
-        ("small", "bottleneck", "pad", (1, 1)),
+        ("imagenet", "basic", (1, 2), {}),
+        ("cifar", "bottleneck", (2, 1), {}),
+        ("cifar", "basic", (1, 2, 1), {"shortcut": "pad"}),
+        ("small", "bottleneck", (1, 1), {"shortcut": "pad"}),
+        ("cifar", "bottleneck", (1, 1), {"groups": 4, "width_per_group": 32}),
     ],
 )
-def test_equals_slow_forward_pass(stem, block, shortcut, stage_sizes):
-    model = ResNet(5, stem=stem, block=block, shortcut=shortcut, stage_sizes=stage_sizes, width=4)
+def test_equals_slow_forward_pass(stem, block, stage_sizes, options):
+    model = ResNet(5, stem=stem, block=block, stage_sizes=stage_sizes, width=4, **options)
     images = random_images()
     variables = random_variables(model, images)
     logits = jax.jit(model.apply)(variables, images)
@@ -164,6 +173,75 @@ def test_pad_shortcut_equals_slow_one(h, w):
 def test_pad_shortcut_cannot_drop_channels():
     with pytest.raises(ValueError, match="from 3 channels down to 2"):
         pad_shortcut(jnp.zeros((1, 2, 2, 3)), channels=2, stride=1)
+
+
+# ---- groups and attention
+
+
+def test_a_group_has_its_width_in_proportion_and_at_least_one_channel():
+    def kernels(width):
+        model = ResNet(
+            3, block="bottleneck", stage_sizes=(1, 1), width=width, groups=32, width_per_group=4
+        )
+        images = jnp.zeros((1, 32, 32, 3))
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        return [params[f"stage{i}"]["block1"]["conv2"]["kernel"].shape for i in (1, 2)]
+
+    assert kernels(64) == [(3, 3, 4, 128), (3, 3, 8, 256)]  # Xie et al. 2017, table 1
+    assert kernels(8) == [(3, 3, 1, 32), (3, 3, 1, 32)]
+
+
+def split_attention(tree):
+    """A model's variables as those of the plain one with layers inserted after the last norms."""
+    plain, inserted = {}, {}
+    for stage, blocks in tree.items():
+        plain[stage] = blocks
+        if stage.startswith("stage"):
+            plain[stage] = {}
+            for block, parts in blocks.items():
+                plain[stage][block] = {k: v for k, v in parts.items() if k != "attention"}
+                if "attention" in parts:
+                    inserted[f"{stage}.{block}.norm3"] = parts["attention"]
+    return {"backbone": plain} | ({"inserted": inserted} if inserted else {})
+
+
+@pytest.mark.parametrize(
+    ("attention", "layer"), [("squeeze_excite", SqueezeExcite()), ("eca", ECA()), ("cbam", CBAM())]
+)
+def test_attention_in_every_block_is_a_layer_inserted_after_every_last_norm(attention, layer):
+    plain = ResNet(3, stem="cifar", block="bottleneck", stage_sizes=(1, 1), width=4)
+    named = plain.clone(attention=attention)
+    paths = ("stage1/block1/norm3", "stage2/block1/norm3")
+    model = Insert(plain, dict.fromkeys(paths, layer))
+    images = random_images(h=4, w=4)
+    variables = random_variables(named, images)
+    same = {collection: split_attention(tree) for collection, tree in variables.items()}
+    assert len(same["params"]["inserted"]) == len(paths)
+
+    def trained(model):
+        return jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))
+
+    logits, updates = trained(named)(variables)
+    expected, expected_updates = trained(model)(same)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        {"batch_stats": split_attention(updates["batch_stats"])},
+        expected_updates,
+    )
+
+
+@pytest.mark.parametrize("attention", ["squeeze_excite", "eca", "cbam"])
+def test_attention_keeps_the_compute_type_and_names_its_masks(attention):
+    model = ResNet(
+        3, stem="cifar", stage_sizes=(1,), width=4, attention=attention, dtype="bfloat16"
+    )
+    taps = tap_shapes(model, (1, 8, 8, 3))
+    assert taps["stage1/block1/attention"].dtype == taps["stage1"].dtype == jnp.bfloat16
+    gates = [path for path in taps if path.endswith("gate")]
+    below = ("channel/gate", "spatial/gate") if attention == "cbam" else ("gate",)
+    assert sorted(gates) == [f"stage1/block1/attention/{gate}" for gate in below]
+    assert all(taps[gate].dtype == jnp.float32 for gate in gates)
 
 
 # ---- training
@@ -303,6 +381,10 @@ def test_stage_ends_after_its_last_relu():
         ({"stem": "cfar"}, "stem 'cfar'.*did you mean 'cifar'"),
         ({"block": "bottlneck"}, "block 'bottlneck'.*did you mean 'bottleneck'"),
         ({"shortcut": "A"}, "shortcut 'A'.*projection, pad"),
+        ({"attention": "squeeze"}, "attention 'squeeze'.*did you mean 'squeeze_excite'"),
+        ({"block": "bottleneck", "groups": 0}, "groups=0"),
+        ({"block": "bottleneck", "width_per_group": 1.5}, "width_per_group=1.5"),
+        ({"block": "basic", "groups": 2}, 'groups=2 and .*set block="bottleneck"'),
         ({"dtype": "bf16"}, "dtype 'bf16'.*bfloat16"),
         ({"dtype": "int8"}, "dtype 'int8'.*bfloat16"),
         ({"width": 0}, "width=0"),

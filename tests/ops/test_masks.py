@@ -43,3 +43,10 @@ def test_gradient_is_that_of_the_sigmoid_below_and_zero_above():
 def test_bfloat16_logits_give_a_float32_mask():
     mask = saturated_sigmoid(LOGITS.astype(jnp.bfloat16), threshold=0.5)
     assert mask.dtype == jnp.float32
+
+
+def test_straight_through_has_the_same_values_and_the_gradient_of_the_sigmoid():
+    mask = saturated_sigmoid(LOGITS, threshold=0.5, straight_through=True)
+    np.testing.assert_array_equal(mask, saturated_sigmoid(LOGITS, threshold=0.5))
+    grad = jax.grad(lambda a: saturated_sigmoid(a, threshold=0.5, straight_through=True).sum())
+    np.testing.assert_allclose(grad(LOGITS), SIGMOID * (1.0 - SIGMOID), rtol=1e-4, atol=1e-7)
