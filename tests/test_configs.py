@@ -196,13 +196,41 @@ def test_an_unknown_choice_is_named(mode, message):
         load("attention_zoom", mode)
 
 
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# At :tiny the two data sets are one, and differ in the hyper-parameters alone. DenseNet and CBAM
+# take minutes to compile.
 @pytest.mark.slow
-@pytest.mark.parametrize(("dataset", "backbone"), TABLES)
-def test_every_row_takes_two_steps_at_tiny_offline(dataset, backbone, tmp_path):
+@pytest.mark.parametrize(
+    ("dataset", "backbone"),
+    [
+        ("cifar100", "resnet50"),
+        ("tiny_imagenet", "mobilenet"),
+        ("cifar100", "se_resnet50"),
+        ("tiny_imagenet", "resnext50"),
+    ],
+)
+def test_every_backbone_takes_two_steps_at_tiny_offline(
+    dataset, backbone, tmp_path, quick_compilation
+):
     config = table_config(dataset, backbone, "zoom", "tiny")
     config.total_steps = 2
     config.train_evals = ()
     config.best_metric, config.early_stopping = "", 0
-    if config.schedule.name == "plateau":
-        config.schedule.update({"name": "constant", "metric": None})
     assert int(train.train(config, str(tmp_path), devices=jax.devices()[:1]).step) == 2
+
+
+@pytest.mark.parametrize(("dataset", "backbone", "with_layer"), attention_zoom.ROWS)
+def test_every_row_has_an_optimizer_and_a_schedule(dataset, backbone, with_layer, monkeypatch):
+    monkeypatch.setattr(experiment, "open_source", any_source)
+    config = table_config(dataset, backbone, "zoom" if with_layer else "base")
+    parts = experiment.create_experiment(config)
+    assert round(parts.total_steps / parts.eval_every) == 50  # epochs, each with an evaluation
+    schedule: Any = parts.schedule
+    rates = [float(schedule(step)) for step in range(0, parts.total_steps, parts.eval_every)]
+    assert np.isfinite(rates).all() and 0 < max(rates) <= config.optimizer.learning_rate * 1.0001
