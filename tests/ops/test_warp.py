@@ -466,6 +466,17 @@ def test_there_and_back_again(kind):
     np.testing.assert_allclose(points_to_output(back, grid), on_grid, atol=1e-3)
 
 
+@pytest.mark.parametrize("fwhm", [3.0, 6.0])
+def test_a_grid_of_extremes_is_inverted_too(fwhm):
+    saliency = np.random.default_rng(0).uniform(size=(4, 31, 31)) ** 40
+    grid = saliency_grid(jnp.float32(saliency), (64, 48), image_size=(48, 64), fwhm=fwhm)
+    steps = np.diff(grid[..., 0], axis=1)
+    assert 0 < steps.min() < 0.1 and steps.max() > 2.0
+    pixels = jnp.tile(jnp.float32(identity(48, 64).reshape(1, -1, 2)), (4, 1, 1))
+    places = invert(grid, (48, 64)).reshape(pixels.shape)
+    np.testing.assert_allclose(points_to_input(places, grid), pixels, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["dense", "separable"])
 def test_the_inverse_grid_undoes_the_warp(kind):
     grid = grids()[kind]
