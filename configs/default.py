@@ -51,6 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "zero_init_residual": placeholder(bool),
                 "dropout": placeholder(float),  # of VGG, MobileNet, WRN
                 "drop_path": placeholder(float),  # of ConvNeXt
+                "padding": placeholder(str),  # of MobileNets: "torch", "tf"
+                "activation": placeholder(str),  # of MobileNets: "relu6", "relu"
                 "dtype": placeholder(str),  # of the computation: "float32", "bfloat16"
                 "insert": {},  # {path: {"name": layer, **its fields}}
             },

@@ -17,6 +17,7 @@ from tests.models.backbone_checks import (
 )
 from tests.models.test_resnet import (
     fast_key,
+    flat_taps,
     random_images,
     random_variables,
     slow_conv,
@@ -92,6 +93,51 @@ def test_equals_slow_forward_pass(version, stem, short):
     )
     assert expected.std() > 0.1  # a network that has died would agree with anything
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("h", "w"), [(8, 6), (7, 9), (7, 6)])
+def test_padding_of_tensorflow(stride, h, w):
+    """A map that the stride divides gets its margin at the bottom and right alone."""
+    images = random_images(h=h, w=w)
+    stem = mobilenet.Stem(4, stride, padding="tf")
+    variables = random_variables(stem, images)
+    kernel = variables["params"]["conv1"]["kernel"].astype(np.float64)
+    margins = [(0, 1) if stride == 2 and side % 2 == 0 else (1, 1) for side in (h, w)]
+    padded = np.pad(images.astype(np.float64), [(0, 0), *margins, (0, 0)])
+    x = slow_conv(padded, kernel, stride=stride, pad=0)
+    x = slow_norm(x, variables["params"]["norm1"], variables["batch_stats"]["norm1"])
+    np.testing.assert_allclose(stem.apply(variables, images), relu6(x), rtol=1e-4, atol=1e-4)
+    assert x.shape[1:3] == (-(-h // stride), -(-w // stride))
+
+
+@pytest.mark.parametrize("create", [MobileNetV1, MobileNetV2])
+def test_padding_and_activation_reach_every_block(create, short):
+    """On images this bright every ReLU6 is at its bound somewhere, and every pad is seen."""
+    images = 30 * np.abs(random_images(h=32, w=32))
+    variables = random_variables(create(5, width=4), images)
+
+    def blocks(**options):
+        model = create(5, width=4, **options)
+        _, state = jax.jit(lambda v, x: model.apply(v, x, capture_intermediates=True))(
+            variables, images
+        )
+        return flat_taps(state)
+
+    plain, tf, relu = blocks(), blocks(padding="tf"), blocks(activation="relu")
+    assert np.max(plain["stage1/block1/relu2"]) == 6
+    for path, value in relu.items():
+        if path.rpartition("/")[2].startswith("relu"):
+            assert np.max(value) > 6
+    for path, value in tf.items():
+        assert value.shape == plain[path].shape
+    assert not np.allclose(tf["head"], plain["head"])
+    for options, message in (
+        ({"padding": "same"}, "unknown padding 'same'"),
+        ({"activation": "gelu"}, "unknown activation 'gelu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create(5, **options)
 
 
 @pytest.mark.data
