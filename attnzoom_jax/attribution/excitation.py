@@ -24,12 +24,7 @@ from attnzoom_jax.attribution.program import LINEAR_MAPS, Step
 from attnzoom_jax.attribution.relevance import Options, Rule, Walk, walk
 from attnzoom_jax.attribution.rules import RULES
 from attnzoom_jax.attribution.taps import trace_at
-from attnzoom_jax.attribution.targets import (
-    check_logits,
-    check_spatial,
-    check_targets,
-    start_signal,
-)
+from attnzoom_jax.attribution.targets import check_spatial, check_targets, start_signal
 from attnzoom_jax.errors import unknown_name
 
 SUMS = ("raw", "positive")
@@ -214,9 +209,7 @@ def _walk(
         if is_map:
             check_spatial(program, tap, images.shape[0])
     values = program.evaluate(images)
-    outputs = [values[ref] for ref in program.outputs]
-    logits = jax.tree.unflatten(program.output_tree, outputs)
-    check_logits(logits)
+    start = start_signal(program.result(values), targets)
 
     def rule_of(step: Step) -> Rule:
         if step.primitive not in table:
@@ -226,7 +219,6 @@ def _walk(
             )
         return table[step.primitive]
 
-    start = start_signal(logits, targets)
     found = walk(
         flow,
         values,

@@ -255,8 +255,7 @@ def guided_backprop(
         program = trace_at(fn, images, [INPUT], open_calls=True)
         flow = Flow(program, through_gates=True)
         values = program.evaluate(images)
-        logits = jax.tree.unflatten(program.output_tree, [values[r] for r in program.outputs])
-        start = start_signal(logits, targets)
+        start = start_signal(program.result(values), targets)
         rule_of = functools.partial(_guided_rule, flow)
         return walk(flow, values, start, taps=[INPUT], rule_of=rule_of).relevance[INPUT]
 

@@ -136,8 +136,7 @@ class Program:
             for step in self.steps
             if step.tap is not None and step.tap in read
         }
-        outputs = [values[ref] for ref in self.outputs]
-        return jax.tree.unflatten(self.output_tree, outputs), found
+        return self.result(values), found
 
     def evaluate(self, *args: Any, add: Mapping[str, jax.Array] | None = None) -> "Values":
         """Every value of the program, by its number.
@@ -157,6 +156,10 @@ class Program:
                 results = [results[0] + add[step.tap].astype(results[0].dtype)]
             values.update(zip(step.outputs, results, strict=True))
         return values
+
+    def result(self, values: "Values") -> Any:
+        """The function's result, from what `evaluate` returned."""
+        return jax.tree.unflatten(self.output_tree, [values[ref] for ref in self.outputs])
 
     def check_tap(self, name: str) -> None:
         """Raise a ValueError that names near matches if there is no such tap."""

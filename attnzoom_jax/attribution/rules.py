@@ -29,7 +29,7 @@ the first row: responses are to be read from their minimum (section 3.2, case of
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -177,13 +177,8 @@ def vector_jacobian(visit: Visit) -> Iterable[Share]:
 
     Also the rule of a resampling whose weights sum to one. Public for steps of one's own.
     """
-    inputs = [_as(value, visit.relevance[0]) for value in visit.inputs]
-
-    def apply(*signal: jax.Array) -> list[jax.Array]:
-        arguments = dict(enumerate(inputs)) | dict(zip(visit.signal, signal, strict=True))
-        return visit.step.apply(*arguments.values())
-
-    _, pull = jax.vjp(apply, *(inputs[i] for i in visit.signal))
+    signal = [_as(visit.inputs[i], visit.relevance[0]) for i in visit.signal]
+    _, pull = jax.vjp(_function_of_signal(visit), *signal)
     refs = [visit.step.inputs[i] for i in visit.signal]
     shares = pull(list(visit.relevance))
     if visit.sign is None or visit.step.primitive == "reduce_window_max":
@@ -228,17 +223,8 @@ RULES: dict[str, Rule] = {
         (
             *("broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice"),
             *("expand_dims", "gather", "pad", "reduce_window_max", "reshape", "rev", "scatter"),
-            *(
-                "jit:_resize",
-                "select_n",
-                "slice",
-                "split",
-                "squeeze",
-                "stack",
-                "tile",
-                "transpose",
-                "unstack",
-            ),
+            *("jit:_resize", "select_n", "slice", "split", "squeeze", "stack", "tile"),
+            *("transpose", "unstack"),
         ),
         vector_jacobian,
     ),
@@ -258,15 +244,20 @@ def _responses(visit: Visit, i: int) -> jax.Array:
 
 
 def _split(visit: Visit, terms: list[jax.Array], p: jax.Array) -> list[Share]:
-    inputs = [_as(value, p) for value in visit.inputs]
-
-    def add_up(*terms: jax.Array) -> jax.Array:
-        arguments = dict(enumerate(inputs)) | dict(zip(visit.signal, terms, strict=True))
-        return visit.step.apply(*arguments.values())[0]
-
-    z, pull = jax.vjp(add_up, *terms)
-    parts = zip(visit.signal, terms, pull(divide(p, z)), strict=True)
+    (z,), pull = jax.vjp(_function_of_signal(visit), *terms)
+    parts = zip(visit.signal, terms, pull([divide(p, z)]), strict=True)
     return [Share(visit.step.inputs[i], term * q) for i, term, q in parts]
+
+
+def _function_of_signal(visit: Visit) -> Callable[..., list[jax.Array]]:
+    """The step as a function of its signal inputs, the others held."""
+    inputs = [_as(value, visit.relevance[0]) for value in visit.inputs]
+
+    def apply(*signal: jax.Array) -> list[jax.Array]:
+        arguments = dict(enumerate(inputs)) | dict(zip(visit.signal, signal, strict=True))
+        return visit.step.apply(*arguments.values())
+
+    return apply
 
 
 def _without_statistic(visit: Visit) -> list[int]:

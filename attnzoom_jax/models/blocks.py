@@ -42,11 +42,13 @@ class Stem(nn.Module):
             "cifar" a 3x3 convolution of stride 1 (as large as the image).
         channels: channels of the output, at least 1.
         dtype: dtype of the computation.
+        pool: whether "imagenet" ends with its pool.
     """
 
     kind: str
     channels: int
     dtype: Any = jnp.float32
+    pool: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -57,7 +59,7 @@ class Stem(nn.Module):
         )
         norm = Norm(use_running_average=not train, dtype=self.dtype, name="norm1")
         x = ReLU(name="relu1")(norm(conv(x)))
-        if self.kind == "imagenet":
+        if self.kind == "imagenet" and self.pool:
             # Pads with -inf, as torch does. The annotation in Flax has no room for explicit pads.
             pads: Any = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pads)

@@ -47,33 +47,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.models.blocks import Conv, Norm, ReLU, check_fields, check_images
+from attnzoom_jax.models.blocks import Conv, Norm, ReLU, Stem, check_fields, check_images
 
 BOTTLENECK_EXPANSION = 4
-
-
-class Stem(nn.Module):
-    """Convolution, norm, ReLU; no pool.
-
-    Attributes:
-        kind: "imagenet", "cifar" or "small", see the top of this file.
-        channels: channels of the output, at least 1.
-        dtype: dtype of the computation.
-    """
-
-    kind: str
-    channels: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images [n, h, w, c] to features [n, h', w', channels]."""
-        size, stride = {"imagenet": (7, 2), "cifar": (3, 1), "small": (3, 2)}[self.kind]
-        conv = Conv(
-            self.channels, (size, size), stride, padding=size // 2, dtype=self.dtype, name="conv1"
-        )
-        norm = Norm(use_running_average=not train, dtype=self.dtype, name="norm1")
-        return ReLU(name="relu1")(norm(conv(x)))
 
 
 class Block(nn.Module):
@@ -201,7 +177,8 @@ class IResNet(nn.Module):
             ValueError: images are not [n, h, w, c].
         """
         check_images(images)
-        x = Stem(self.stem, self.width, self.dtype, name="stem")(images, train=train)
+        stem = Stem(self.stem, self.width, self.dtype, pool=False, name="stem")
+        x = stem(images, train=train)
         for i, size in enumerate(self.stage_sizes):
             x = Stage(
                 size=size,
