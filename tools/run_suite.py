@@ -68,6 +68,7 @@ def load_suite(name: str) -> dict[str, Any]:
     names = sorted(path.stem for path in (ROOT / "configs" / "suites").glob("[a-z]*.py"))
     if name not in names:
         raise unknown_name("suite", name, names)
+    sys.path.insert(0, str(ROOT))  # of a programme in tools/, Python looks there alone
     return importlib.import_module(f"configs.suites.{name}").get_suite()
 
 
