@@ -35,6 +35,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
 from attnzoom_jax.layers.gate import Gate
+from attnzoom_jax.ops.maximum import first_max
 
 # As torch starts a linear layer: uniform within 1 / sqrt(fan_in). Biases start at zero.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -190,7 +191,9 @@ class _ChannelGate(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         values = x.astype(jnp.float32)
-        pooled = jnp.stack([values.mean((1, 2)), values.max((1, 2))], axis=1)  # [n, 2, c]
+        pooled = jnp.stack(
+            [values.mean((1, 2)), first_max(values, axis=(1, 2))], axis=1
+        )  # [n, 2, c]
         logits = _excite(pooled, self.reduction, self.identity_init).sum(axis=1)  # [n, c]
         return _gated(self, x, logits[:, None, None, :])
 
@@ -203,7 +206,7 @@ class _SpatialGate(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         values = x.astype(jnp.float32)
-        pooled = jnp.stack([values.max(-1), values.mean(-1)], axis=-1)  # [n, h, w, 2]
+        pooled = jnp.stack([first_max(values, axis=-1), values.mean(-1)], axis=-1)  # [n, h, w, 2]
         logits = nn.Conv(
             1,
             (self.kernel, self.kernel),

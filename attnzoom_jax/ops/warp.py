@@ -37,6 +37,7 @@ from jax import lax
 
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.ops.maps import resize
+from attnzoom_jax.ops.maximum import first_max
 
 IMPLS = ("auto", "matmul", "gather", "loop")
 MARGINALS = ("max", "sum")
@@ -87,9 +88,9 @@ def to_saliency(
     lowest = lax.stop_gradient(maps.min(axis=(1, 2), keepdims=True))
     maps = resize(maps - lowest, size) + lowest
     if weighting == "softmax":
-        weights = jnp.exp((maps - maps.max(axis=(1, 2), keepdims=True)) / temperature)
+        weights = jnp.exp((maps - first_max(maps, axis=(1, 2), keepdims=True)) / temperature)
     else:
-        top = maps.max(axis=(1, 2), keepdims=True)
+        top = first_max(maps, axis=(1, 2), keepdims=True)
         is_flat = top <= 0
         share = jnp.where(is_flat, 1.0, maps / jnp.where(is_flat, 1.0, top))
         # A power has no finite gradient at 0.
@@ -337,7 +338,7 @@ def _inverse_distribution(
     d = cells * excess / jnp.where(total == 0, 1.0, total)
     share = jnp.asarray(strength, d.dtype)
     if max_zoom is not None:
-        peak = d.max(axis=1, keepdims=True)
+        peak = first_max(d, axis=1, keepdims=True)
         share = jnp.minimum(share, (max_zoom - 1) / jnp.where(peak > 0, peak, 1.0))
     d *= share
     # Cell i begins where the distribution, in cells, is i + before[i].
