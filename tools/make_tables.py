@@ -4,14 +4,18 @@
     python tools/make_tables.py                                  # writes the tables anew
     python tools/make_tables.py --check                          # exit code 1 where one is stale
 
-A table stands between `<!-- table NAME METRIC ... -->` and `<!-- end -->` in a Markdown file.
+A table stands between `<!-- table NAME METRIC ... -->` and `<!-- end -->` in a Markdown file. For one
+run it has a row per metric; for a suite (tools/run_suite.py) a row per run, with the mean and the
+standard deviation over its seeds, and where there is a run `base`, those of the differences to it.
 """
 
 import argparse
 import json
 import pathlib
 import re
+import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -57,7 +61,8 @@ def write_tables(text: str, root: pathlib.Path = ROOT) -> str:
     def fill(match: re.Match[str]) -> str:
         start, name, metrics, end = match.groups()
         result = json.loads((root / "results" / f"{name}.json").read_text())
-        return start + "\n" + _table(result, metrics.split()) + "\n\n" + end
+        make = _suite_table if "suite" in result else _table
+        return start + "\n" + make(result, metrics.split()) + "\n\n" + end
 
     return TABLE.sub(fill, text)
 
@@ -79,6 +84,44 @@ def _table(result: dict[str, Any], metrics: list[str]) -> str:
     ]
     rows += [f"| {name} | {value} |" for name, value in facts]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _suite_table(result: dict[str, Any], metrics: list[str]) -> str:
+    runs = result["runs"]
+    names = list(dict.fromkeys(run["run"] for run in runs))
+    by_name = {name: {r["seed"]: r for r in runs if r["run"] == name} for name in names}
+    base = by_name.get("base", {})
+    columns = ["run", "seeds"]
+    for metric in metrics:
+        columns += [metric, "less base"] if base else [metric]
+    columns.append("minutes")
+    rows = []
+    for name, seeds in by_name.items():
+        row = [name, str(len(seeds))]
+        for metric in metrics:
+            row.append(_mean([run["metrics"][metric] for run in seeds.values()]))
+            if base:
+                pairs = [(run, base[seed]) for seed, run in seeds.items() if seed in base]
+                gains = [a["metrics"][metric] - b["metrics"][metric] for a, b in pairs]
+                row.append("" if name == "base" else _mean(gains, sign="+"))
+        row.append(f"{statistics.median(r['training_s'] for r in seeds.values()) / 60:.1f}")
+        rows.append(row)
+    overrides = " ".join(f"--config.{k}={v}" for k, v in result["suite"]["overrides"].items())
+    kinds = sorted({f"{r['device_count']} x {r['device_kind']}" for r in runs})
+    commits = sorted({r["commit"][:12] + ("+" if r["commit"].endswith("+") else "") for r in runs})
+    facts = (
+        f"Mean and standard deviation over the seeds; minutes of training, median. On "
+        f"{', '.join(kinds)} ({runs[0]['cpu_count']} cores), JAX {runs[0]['versions']['jax']}, "
+        f"commit {', '.join(commits)}, {sum(r['training_s'] for r in runs) / 3600:.1f} hours in "
+        f"all. Overrides: `{overrides}`"
+    )
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", facts])
+
+
+def _mean(values: Sequence[float], sign: str = "") -> str:
+    mean = f"{statistics.mean(values):{sign}.4f}" if values else ""
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def main() -> int:

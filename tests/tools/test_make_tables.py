@@ -54,3 +54,29 @@ def test_a_run_without_evaluation_says_what_to_do(workdir, tmp_path):
 def test_the_tables_of_the_documentation_are_those_of_the_results():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         assert make_tables.write_tables(path.read_text()) == path.read_text(), path.name
+
+
+def suite_run(run, seed, top1):
+    facts = {"device_count": 1, "device_kind": "cpu", "cpu_count": 2, "versions": {"jax": "0.0"}}
+    return {
+        "run": run,
+        "seed": seed,
+        "metrics": {"test/top1": top1},
+        "training_s": 60.0 * (seed + 1),
+        "commit": "abcdefabcdefabc",
+        **facts,
+    }
+
+
+def test_the_table_of_a_suite_has_means_spreads_and_differences_per_seed(tmp_path):
+    (tmp_path / "results").mkdir()
+    runs = [suite_run("zoom", 0, 0.50), suite_run("base", 0, 0.25)]
+    runs += [suite_run("zoom", 1, 0.70), suite_run("base", 1, 0.25)]
+    suite = {"suite": {"overrides": {"model.width": 16}}, "runs": runs}
+    (tmp_path / "results" / "s.json").write_text(json.dumps(suite))
+    text = make_tables.write_tables("<!-- table s test/top1 -->\n<!-- end -->", root=tmp_path)
+    # Standard deviation of 0.5 and 0.7: 0.2 / sqrt(2).
+    assert "| zoom | 2 | 0.6000 ± 0.1414 | +0.3500 ± 0.1414 | 1.5 |" in text
+    assert "| base | 2 | 0.2500 ± 0.0000 |  | 1.5 |" in text
+    assert "`--config.model.width=16`" in text and "abcdefabcdef," in text
+    assert make_tables.write_tables(text, root=tmp_path) == text

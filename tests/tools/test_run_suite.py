@@ -1,0 +1,81 @@
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SPEC = importlib.util.spec_from_file_location("run_suite", ROOT / "tools" / "run_suite.py")
+run_suite = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(run_suite)
+
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "suites").glob("[a-z]*.py"))
+FACTS = {"step": 4, "commit": "c", "versions": {"jax": "0"}, "device_kind": "cpu"}
+FACTS |= {"device_count": 1, "cpu_count": 2}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_run_of_a_suite_is_a_config_that_takes_its_overrides(name):
+    suite = run_suite.load_suite(name)
+    assert len(set(suite["seeds"])) == len(suite["seeds"]) and suite["runs"]
+    for config in suite["runs"].values():
+        file, _, mode = config.partition(":")
+        module = file.removesuffix(".py").replace("/", ".")
+        values = importlib.import_module(module).get_config(mode).lock()
+        for key, value in {**suite["overrides"], "seed": 1}.items():
+            values.update_from_flattened_dict({key: value})
+
+
+def test_an_unknown_suite_is_named():
+    with pytest.raises(ValueError, match="unknown suite 'attention_zoom_smal'; did you mean"):
+        run_suite.load_suite("attention_zoom_smal")
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """A suite of two runs whose programmes only write what the real ones would."""
+    suite = {"runs": {"base": "b.py", "zoom": "z.py"}, "overrides": {"a.b": 1.5}, "seeds": (0, 7)}
+    monkeypatch.setattr(run_suite, "load_suite", lambda name: suite)
+    called = []
+
+    def programme(suite, run, seed, folder, machine):
+        called.append((run, seed))
+        folder.mkdir(parents=True)
+        metrics = {"metrics": {"test/top1": seed / 10}, **FACTS}
+        (folder / "run.json").write_text(json.dumps({"duration_s": 2.0}))
+        (folder / "eval.json").write_text(json.dumps(metrics))
+
+    monkeypatch.setattr(run_suite, "_train_and_evaluate", programme)
+    return called
+
+
+def test_goes_on_where_it_stopped_and_writes_every_run(suite, tmp_path):
+    places = {"results": tmp_path / "results"}
+    run_suite.run_suite("s", tmp_path / "runs", **places)
+    assert suite == [("base", 0), ("zoom", 0), ("base", 7), ("zoom", 7)]
+    (tmp_path / "runs" / "zoom_seed0" / "eval.json").unlink()
+    (tmp_path / "runs" / "zoom_seed0" / "run.json").unlink()
+    (tmp_path / "runs" / "zoom_seed0").rmdir()
+    result = run_suite.run_suite("s", tmp_path / "runs", **places)
+    assert suite[4:] == [("zoom", 0)]
+    runs = json.loads(result.read_text())["runs"]
+    assert [(r["run"], r["seed"], r["metrics"]["test/top1"]) for r in runs] == [
+        ("base", 0, 0.0),
+        ("zoom", 0, 0.0),
+        ("base", 7, 0.7),
+        ("zoom", 7, 0.7),
+    ]
+
+
+def test_commands_are_what_a_person_would_type(tmp_path):
+    suite = {"runs": {"zoom": "configs/z.py:tiny"}, "overrides": {"model.width": 16}}
+    train, evaluate = run_suite.commands(suite, "zoom", 3, tmp_path, {"data.dir": "/data"})
+    assert train[:3] == ["train.py", "--config=configs/z.py:tiny", f"--workdir={tmp_path}"]
+    assert train[3:] == ["--config.model.width=16", "--config.seed=3", "--config.data.dir=/data"]
+    assert evaluate == ["eval.py", f"--workdir={tmp_path}"]
+
+
+def test_a_failed_run_names_its_command(tmp_path):
+    suite = {"runs": {"zoom": "configs/none.py"}, "overrides": {}}
+    with pytest.raises(ValueError, match=r"exit code \d+ of: python train.py --config=configs/n"):
+        run_suite._train_and_evaluate(suite, "zoom", 0, tmp_path, {})
