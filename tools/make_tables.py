@@ -4,9 +4,9 @@
     python tools/make_tables.py                                  # writes the tables anew
     python tools/make_tables.py --check                          # exit code 1 where one is stale
 
-A table stands between `<!-- table NAME METRIC ... -->` and `<!-- end -->` in a Markdown file. For one
-run it has a row per metric; for a suite (tools/run_suite.py) a row per run, with the mean and the
-standard deviation over its seeds, and where there is a run `base`, those of the differences to it.
+A table stands between `<!-- table NAME METRIC ... -->` and `<!-- end -->` in a Markdown file. For
+one run it has a row per metric; for a suite (tools/run_suite.py) a row per run, with the mean and
+the standard deviation over its seeds, and where there is a run `base`, of the differences to it.
 """
 
 import argparse
