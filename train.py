@@ -17,6 +17,7 @@ from attnzoom_jax import cli
 from attnzoom_jax.data.device import index_batches, load_split
 from attnzoom_jax.data.pipeline import train_batches
 from attnzoom_jax.evaluation import check_watched, create_evaluator
+from attnzoom_jax.models import load_pretrained
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
 from attnzoom_jax.training.experiment import Experiment, create_experiment
@@ -70,6 +71,14 @@ def train(
     ]
     watched = {"best_metric": config.best_metric, "schedule.metric": config.schedule.get("metric")}
     check_watched(watched, evaluators)
+    pretrained = None
+    if config.pretrained and not folder.has_checkpoint():
+        pretrained = load_pretrained(
+            experiment.model,
+            config.pretrained,
+            key=jax.random.key(config.seed),
+            image_shape=experiment.image_shape,
+        )
     folder.claim(config, overrides or {})
     state = create_state(
         experiment.model,
@@ -78,9 +87,10 @@ def train(
         seed=config.seed,
         mesh=mesh,
         use_ema=config.ema_decay > 0,
+        pretrained=pretrained,
     )
 
-    # Where the run stands: its own last checkpoint, else the beginning.
+    # Where the run stands: its own last checkpoint, else published weights, else the beginning.
     checkpoints = Checkpoints(
         folder.checkpoints,
         best_metric=config.best_metric,

@@ -56,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "dtype": placeholder(str),  # of the computation: "float32", "bfloat16"
                 "insert": {},  # {path: {"name": layer, **its fields}}
             },
+            "pretrained": "",  # file of weights to begin with, see models/pretrained.py; "": none
             "optimizer": {  # see training/optimizer.py; None: its default
                 "name": "sgd",  # "sgd", "adam", "adamw", "lamb"
                 "learning_rate": 0.1,

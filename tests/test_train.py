@@ -1,12 +1,14 @@
 """train.py and eval.py from end to end, on a small run."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import eval as eval_programme
@@ -15,8 +17,10 @@ import train
 from attnzoom_jax.data.source import open_source
 from attnzoom_jax.evaluation import create_evaluator
 from attnzoom_jax.evaluation.restore import restore_model
+from attnzoom_jax.models import create_model
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
+from attnzoom_jax.training.state import init_variables
 from attnzoom_jax.training.writer import read_metrics
 from configs import demo
 
@@ -288,3 +292,25 @@ def test_the_taps_are_listed_with_the_default_marked(finished):
     assert default.startswith("stage")
     depths = [int(line[-1].split()[-1]) for line in lines[1:] if line[-1] != "default"]
     assert min(depths) == 1 and max(depths) == 4
+
+
+def test_a_run_begins_with_published_weights_and_resumes_without_the_file(tmp_path, capsys):
+    file = tmp_path / "weights.npz"
+    settings = config(pretrained=str(file), **{"optimizer.learning_rate": 1e-12})
+    model = create_model(num_classes=16, **settings.model.to_dict())
+    variables = init_variables(model, (32, 32, 3), seed=5)
+    np.savez(file, **{k: np.asarray(v) for k, v in flatten_dict(variables, sep="/").items()})
+    run(tmp_path / "run", settings, stop_at=3)
+    assert "newly initialised  0: none" in capsys.readouterr().out
+    file.unlink()
+    state = run(tmp_path / "run", settings)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-9)
+    jax.tree.map(close, state.params, variables["params"])
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    file = tmp_path / "weights.npz"
+    np.savez(file, strange=np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match=r"weights\.npz is of another network than the model"):
+        run(tmp_path / "run", config(pretrained=str(file)))
+    assert not (tmp_path / "run").exists()

@@ -62,6 +62,7 @@ def create_state(
     seed: int,
     mesh: Mesh,
     use_ema: bool = False,
+    pretrained: Any = None,
 ) -> TrainState:
     """The state at step 0, replicated over a mesh.
 
@@ -72,20 +73,22 @@ def create_state(
         seed: of the parameters.
         mesh: where the state lives.
         use_ema: whether to keep averaged parameters.
+        pretrained: variables to begin with; None for new ones.
 
     Returns:
         The state.
     """
 
-    def create() -> TrainState:
-        variables = init_variables(model, image_shape, seed)
+    def create(variables: Any) -> TrainState:
+        if variables is None:
+            variables = init_variables(model, image_shape, seed)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
-            batch_stats=variables["batch_stats"],
+            batch_stats=variables.get("batch_stats", {}),
             opt_state=optimizer.init(variables["params"]),
             # A copy: one buffer must not stand for two leaves of a donated state.
             ema_params=jax.tree.map(jnp.copy, variables["params"]) if use_ema else None,
         )
 
-    return jax.jit(create, out_shardings=replicated(mesh))()
+    return jax.jit(create, out_shardings=replicated(mesh))(pretrained)

@@ -52,7 +52,7 @@ class Workdir:
                 cannot be written.
         """
         ours = to_plain(config)
-        if (self.path / "config.json").exists() and self._has_checkpoint():
+        if (self.path / "config.json").exists() and self.has_checkpoint():
             theirs = self._read("config.json")
             watched = tuple(f"evals.{name}." for name in ours.get("train_evals", ()))
             changed = differences(theirs, ours)
@@ -74,7 +74,8 @@ class Workdir:
                 f"cannot write into --workdir={self.path}: {error.strerror}"
             ) from error
 
-    def _has_checkpoint(self) -> bool:
+    def has_checkpoint(self) -> bool:
+        """Whether a run has come as far as its first checkpoint here."""
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
     def config(self) -> Any:
