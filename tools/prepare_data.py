@@ -3,9 +3,12 @@
     python tools/prepare_data.py fine_shapes                      # embedded: offline, in seconds
     python tools/prepare_data.py cifar100                         # from TFDS, by its name
     python tools/prepare_data.py my_photos --from_folder=photos   # photos/train/cat/1.jpg ...
+    python tools/prepare_data.py tiny_imagenet --from_archive=tiny-imagenet-200.zip
 
-Sets of TFDS need the network, and mostly TensorFlow to be unpacked; training needs neither. What
-stands in the folder already is left as it is.
+Sets of TFDS need the network, and mostly TensorFlow to be unpacked; training needs neither.
+tiny_imagenet, cub200, stanford_cars and fgvc_aircraft are read from the archive that their makers
+publish (.zip, .tar, .tar.gz, .tgz), or from the folder that it unpacks to; without --from_archive
+it is said which one. What is prepared already is left as it is.
 """
 
 import argparse
@@ -28,21 +31,28 @@ from tensorflow_datasets.core.download import downloader
 from tqdm import tqdm
 
 from attnzoom_jax.data import source
-from attnzoom_jax.data.datasets import image_folder
+from attnzoom_jax.data.datasets import archive, image_folder
+from attnzoom_jax.errors import unknown_name
 
 RETRIES = 3
 TIMEOUT_S = (10, 60)  # to connect, and between two packets
 
 
 def prepare(
-    name: str, *, data_dir: str = "", from_folder: str = "", skip_broken: bool = False
+    name: str,
+    *,
+    data_dir: str = "",
+    from_folder: str = "",
+    from_archive: str = "",
+    skip_broken: bool = False,
 ) -> None:
     """Prepare a data set unless it stands there, and say so.
 
     Args:
         name: of the data set, with or without a config.
         data_dir: folder of prepared sets; "" for $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-        from_folder: local images, <split>/<class>/*.png or *.jpg; "" for an embedded or TFDS set.
+        from_folder: local images, <split>/<class>/*.png or *.jpg; "" for a set with a known name.
+        from_archive: official archive of one of `source.ARCHIVES`, or the folder it unpacks to.
         skip_broken: leave unreadable images of from_folder out.
 
     Raises:
@@ -50,8 +60,15 @@ def prepare(
     """
     root = source.data_root(data_dir)
     is_embedded = name in source.embedded_names()
-    if from_folder and is_embedded:
-        raise ValueError(f"{name} is the name of an embedded data set; take another one")
+    if from_folder and from_archive:
+        raise ValueError("--from_folder and --from_archive exclude each other")
+    if from_folder and (is_embedded or name in source.ARCHIVES):
+        kind = "an embedded data set" if is_embedded else "a data set with an official archive"
+        raise ValueError(f"{name} is the name of {kind}; take another one")
+    if from_archive and name not in source.ARCHIVES:
+        raise unknown_name("data set with an official archive", name, source.ARCHIVES)
+    if from_archive and skip_broken:
+        raise ValueError("--skip_broken goes with --from_folder; an official archive must be whole")
     if is_embedded:
         builder = source.embedded_builder(name, root)
         folder = builder.data_path if builder.is_prepared() else None
@@ -61,8 +78,12 @@ def prepare(
         print(f"{name} is already prepared: {folder}")
         if from_folder:
             print(f"nothing was read from {from_folder}; take another name, or move that set away")
+        if from_archive:
+            print(f"nothing was read from {from_archive}; move that set away to read it anew")
     elif from_folder:
         _from_folder(name, root, from_folder, skip_broken=skip_broken)
+    elif from_archive:
+        _from_archive(name, root, from_archive)
     elif is_embedded:
         source.build_embedded(name, root)
     else:
@@ -92,9 +113,20 @@ def _from_folder(name: str, root: pathlib.Path, from_folder: str, *, skip_broken
         print(f"left out: {len(broken)} unreadable images")
 
 
+def _from_archive(name: str, root: pathlib.Path, from_archive: str) -> None:
+    archive_set = source.ARCHIVES[name]
+    opened = archive.open_archive(from_archive, lists=archive_set.lists)
+    contents = archive_set.scan(opened)
+    for split, images in contents.splits.items():
+        print(f"{split}: {len(images)} images", flush=True)
+    for note in contents.notes:
+        print(f"note: {note}", flush=True)
+    archive.build(name, archive_set, opened, contents, data_dir=root)
+
+
 def _from_tfds(name: str, root: pathlib.Path) -> None:
     base = name.partition("/")[0]
-    if base in source.EMBEDDED or base not in source.tfds_names():
+    if name in source.ARCHIVES or base in source.EMBEDDED or base not in source.tfds_names():
         raise source.not_prepared(name, root)
     if importlib.util.find_spec("tensorflow") is None:
         print(
@@ -151,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", help="data set, with a config where it has several: NAME/CONFIG")
     parser.add_argument("--data_dir", default="", help="folder of prepared sets")
     parser.add_argument("--from_folder", default="", help="local images: <split>/<class>/*.png|jpg")
+    parser.add_argument("--from_archive", default="", help="official archive, or its folder")
     parser.add_argument("--skip_broken", action="store_true", help="leave unreadable images out")
     logging.set_verbosity(logging.ERROR)
     logging_of_python.getLogger("urllib3").setLevel("ERROR")  # it tells of every new attempt

@@ -23,10 +23,22 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from attnzoom_jax.data.datasets import fine_shapes
+from attnzoom_jax.data.datasets.archive import ArchiveSet
+from attnzoom_jax.data.datasets.cub200 import CUB200
+from attnzoom_jax.data.datasets.fgvc_aircraft import FGVC_AIRCRAFT
+from attnzoom_jax.data.datasets.stanford_cars import STANFORD_CARS
+from attnzoom_jax.data.datasets.tiny_imagenet import TINY_IMAGENET
 from attnzoom_jax.errors import unknown_name
 
 FileFormat = tfds.core.FileFormat
 EMBEDDED = {"fine_shapes": fine_shapes.FineShapes}
+# Built from an archive that a person has, by tools/prepare_data.py.
+ARCHIVES: dict[str, ArchiveSet] = {
+    "cub200": CUB200,
+    "fgvc_aircraft": FGVC_AIRCRAFT,
+    "stanford_cars": STANFORD_CARS,
+    "tiny_imagenet": TINY_IMAGENET,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +146,8 @@ def prepare_command(name: str, root: pathlib.Path) -> str:
     """The command that prepares a data set."""
     command = f"python tools/prepare_data.py {shlex.quote(name or 'NAME')}"
     command += f" --data_dir={shlex.quote(str(root))}"
+    if name in ARCHIVES:
+        return f"{command} --from_archive={ARCHIVES[name].archive}"
     base = name.partition("/")[0]
     return command if base in [*EMBEDDED, *tfds_names()] else f"{command} --from_folder=FOLDER"
 
@@ -210,6 +224,11 @@ def embedded_names() -> list[str]:
 
 def not_prepared(name: str, root: pathlib.Path) -> ValueError:
     """The error for a data set that is not there: how to prepare it, or what its name may be."""
+    if name in ARCHIVES:
+        return ValueError(
+            f"the data set {name!r} is not prepared in {root}; it is read from "
+            f"{ARCHIVES[name].needs}; with that, run: {prepare_command(name, root)}"
+        )
     base = name.partition("/")[0]
     if base in tfds_names() and base not in EMBEDDED:
         return ValueError(
@@ -217,9 +236,10 @@ def not_prepared(name: str, root: pathlib.Path) -> ValueError:
             f"for this, run: {prepare_command(name, root)}"
         )
     # Both lists hold the embedded ones; the first names are those that are shown.
-    names = dict.fromkeys([*embedded_names(), *_prepared_names(root), *tfds_names()])
+    ours = [*embedded_names(), *ARCHIVES]
+    names = dict.fromkeys([*ours, *_prepared_names(root), *tfds_names()])
     error = unknown_name("data set", name, names)
-    if base in EMBEDDED:
+    if base in EMBEDDED or base in ARCHIVES:
         return error
     return ValueError(f"{error} (to make one of images: {prepare_command(name, root)})")
 

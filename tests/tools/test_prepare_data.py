@@ -16,7 +16,8 @@ import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from attnzoom_jax.data.source import open_source, prepare_command
+from attnzoom_jax.data.source import ARCHIVES, open_source, prepare_command
+from tests.data import official_archives
 
 FILE = pathlib.Path(__file__).parent.parent.parent / "tools" / "prepare_data.py"
 
@@ -248,6 +249,89 @@ def test_what_is_prepared_stays(prepare, photos, sets):
     assert f"nothing was read from {photos}" in out
     assert len(open_source("my_photos", split="train", data_dir=sets)) == 6
     assert prepare("my_photos")[0] == 0
+
+
+# Official archives; what they hold is tested in tests/data
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """The validation half of Tiny ImageNet's layout, two images."""
+    folder = tmp_path / "tiny-imagenet-200"
+    for i in range(2):
+        write(folder / "val" / "images" / f"val_{i}.JPEG", noise(64, 64, seed=i))
+    lists = {
+        "wnids.txt": ["n02", "n01"],
+        "words.txt": ["n01\tcat", "n02\tdog"],
+        "val/val_annotations.txt": [f"val_{i}.JPEG\tn0{i + 1}\t0\t1\t2\t3" for i in range(2)],
+    }
+    for name, lines in lists.items():
+        official_archives.write(folder / name, lines)
+    return folder
+
+
+@pytest.mark.parametrize("kind", official_archives.KINDS)
+def test_an_official_archive(prepare, tiny_imagenet, sets, kind):
+    path = official_archives.pack(tiny_imagenet, kind)
+    code, out, err = prepare("tiny_imagenet", f"--from_archive={path}")
+    assert (code, err) == (0, "")
+    assert "validation: 2 images\n" in out
+    assert "the split train is left out\n" in out
+    assert "ready: tiny_imagenet with 2 validation examples, 2 classes" in out
+    source, examples = read("tiny_imagenet", "validation", sets)
+    assert source.class_names == ("dog", "cat")
+    assert {int(example["label"]) for example in examples.values()} == {0, 1}
+    code, out, _ = prepare("tiny_imagenet", f"--from_archive={path}")
+    assert code == 0
+    assert "tiny_imagenet is already prepared: " in out
+    assert f"nothing was read from {path}; move that set away" in out
+    assert prepare("tiny_imagenet")[0] == 0
+
+
+def test_a_broken_archive(prepare, tiny_imagenet, sets):
+    (tiny_imagenet / "val" / "images" / "val_1.JPEG").write_text("no image")
+    path = official_archives.pack(tiny_imagenet, "zip")
+    code, _, err = prepare("tiny_imagenet", f"--from_archive={path}")
+    assert code == 1
+    assert err.startswith(
+        f"error: {path}: tiny-imagenet-200/val/images/val_1.JPEG is no readable image ("
+    )
+    assert err.count("\n") == 1
+    assert not list(pathlib.Path(sets).glob("tiny_imagenet/*"))
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_without_its_archive_it_is_said_what_is_needed(prepare, tool, sets, name):
+    code, _, err = prepare(name)
+    assert code == 1
+    assert f"'{name}' is not prepared in {sets}; it is read from {ARCHIVES[name].needs};" in err
+    command = f"python tools/prepare_data.py {name} --data_dir={sets} --from_archive="
+    assert err.endswith(f"{command}{ARCHIVES[name].archive}\n")
+    assert err.count("\n") == 1
+    assert name in tool.__doc__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny_imagnet", "--from_archive=x.zip"], "did you mean 'tiny_imagenet'"),
+        (["cifar100", "--from_archive=x.zip"], "unknown data set with an official archive"),
+        (["fine_shapes", "--from_archive=x.zip"], "unknown data set with an official archive"),
+        (["tiny_imagnet"], "did you mean 'tiny_imagenet'"),
+        (["tiny_imagenet/small"], "did you mean 'tiny_imagenet'"),
+        (["tiny_imagenet", "--from_archive=x.zip"], "there is no archive or folder x.zip"),
+        (["tiny_imagenet", "--from_folder=x"], "the name of a data set with an official archive"),
+        (["tiny_imagenet", "--from_folder=x", "--from_archive=x"], "exclude each other"),
+        (["tiny_imagenet", "--from_archive=x", "--skip_broken"], "must be whole"),
+    ],
+)
+def test_wrong_arguments_for_archives(prepare, arguments, message):
+    code, _, err = prepare(*arguments)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert ("--from_folder=FOLDER" in err) == (arguments == ["tiny_imagnet"])
 
 
 # Embedded and TFDS sets

@@ -174,7 +174,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         paths = self._folder.splits[split]
         for path in tqdm(paths, desc=f"writing {split}", unit="image", disable=None):
             try:
-                data = _encoded(path)
+                data = encode(path.read_bytes())
             except Exception as error:  # Pillow raises many kinds
                 self._leave_out(_problem(path, error))
                 continue
@@ -203,17 +203,29 @@ def _size(path: pathlib.Path) -> tuple[int, int]:
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
-def _encoded(path: pathlib.Path) -> bytes:
-    """The file itself if every decoder shows it alike, else the picture encoded anew."""
-    data = path.read_bytes()
+def encode(data: bytes, *, upright: bool = True) -> bytes:
+    """An image file that every decoder shows alike: the given one if it is such, else a new one.
+
+    Args:
+        data: the file's content, in any format that Pillow knows.
+        upright: turn what the EXIF tag says. False: pixels as they are stored, where annotations
+            count them so.
+
+    Returns:
+        The content of an 8-bit grey or RGB file, JPEG from JPEG, else PNG.
+
+    Raises:
+        Exception: of any kind, for an unreadable or incomplete image.
+    """
     with Image.open(io.BytesIO(data)) as image:
         image.load()  # whole: OpenCV takes the first half of a JPEG for a picture
         is_jpeg = image.format in _JPEG
         is_deep = image.format == "PNG" and data[_PNG_BIT_DEPTH] == 16
+        is_turned = upright and _orientation(image) != 1
         if (is_jpeg or image.format == "PNG") and image.mode in ("L", "RGB") and not is_deep:
-            if _orientation(image) == 1:
+            if not is_turned:
                 return data
-        picture = ImageOps.exif_transpose(image) if is_jpeg else image
+        picture = ImageOps.exif_transpose(image) if is_turned else image
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     file = io.BytesIO()
