@@ -8,15 +8,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from attnzoom_jax.layers import AttentionZoom
+from attnzoom_jax.layers import CBAM, AttentionZoom, SqueezeExcite
 from attnzoom_jax.models import Insert
 from attnzoom_jax.models.convnext import ConvNeXt
 from attnzoom_jax.models.densenet import DenseNet
+from attnzoom_jax.models.iresnet import IResNet
 from attnzoom_jax.models.mobilenet import MobileNetV1, MobileNetV2
+from attnzoom_jax.models.resnet import ResNet
 from attnzoom_jax.models.vgg import VGG
+from attnzoom_jax.models.wide_resnet import WideResNet
 from tests.models import test_resnet
+from tests.models.backbone_checks import plain_variables, relevance_at
 
 SMALL = {
     "vgg": VGG(7, stage_sizes=(1, 2, 1, 1, 1), norm="batch", width=8),
@@ -36,6 +41,12 @@ FIRST = {"imagenet": 4, "small": 2, "cifar": 1}  # how much smaller than the ima
 STEM = {  # how much smaller the stem is, where not as stage1
     ("mobilenet_v1", "imagenet"): 2,
     ("mobilenet_v2", "imagenet"): 2,
+}
+RESIDUAL = {
+    "resnet": ResNet(7, stage_sizes=(1, 1, 1, 1), block="bottleneck", width=8),
+    "resnext": ResNet(7, stage_sizes=(1, 1, 1, 1), block="bottleneck", width=8, groups=4),
+    "wide_resnet": WideResNet(7, stage_sizes=(1, 1, 1), widen=1, width=8),
+    "iresnet": IResNet(7, stage_sizes=(2, 2), width=8),
 }
 families = pytest.mark.parametrize("family", SMALL)
 tap_shapes = functools.cache(test_resnet.tap_shapes)
@@ -155,3 +166,20 @@ def test_images_that_vanish_are_refused(family):
 @pytest.mark.parametrize("family", ["mobilenet_v1", "mobilenet_v2"])
 def test_images_of_one_pixel_are_enough_for_a_mobilenet(family):
     assert tap_shapes(SMALL[family], (1, 1, 1, 3))["stage4"].shape[1:3] == (1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*SMALL, *RESIDUAL])
+def test_excitation_backprop_accounts_for_all_relevance_with_attention_inside(family):
+    """Gates pass relevance to the signal; none of it arrives in them, and none is lost in them."""
+    model = (SMALL | RESIDUAL)[family]
+    names = [name for name in tap_shapes(model, (2, 32, 32, 3)) if name.startswith("stage")]
+    stages = sorted({name.partition("/")[0] for name in names})[1:]
+    layers = {stage: (SqueezeExcite(2), CBAM(2))[i % 2] for i, stage in enumerate(stages)}
+    gated = Insert(model, layers)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = plain_variables(gated, images)
+    measure = relevance_at("backbone/stage1", model=gated, images=images, negative="clamp")
+    at_tap, absolute, dropped = measure(variables)
+    np.testing.assert_allclose(at_tap + dropped, 1, atol=1e-4)
+    assert np.all(absolute < 1.01 + np.abs(dropped)) and np.all(dropped > -1e-4)
