@@ -1,7 +1,7 @@
 """Precomputed patch boxes, in the layout of Focus Longer's authors, as a field of the examples.
 
 A folder holds `<split>_patches.npy`, [images, p, 5], each row (y0, y1, x0, x1, label), half-open,
-in pixels of the image squashed to 448 x 448. Row i belongs to the i-th image of a folder of classes:
+in pixels of the image squashed to 448 x 448. Row i belongs to image i of a folder of classes, with
 the files sorted by their paths. A prepared set keeps another order, so rows are found by the field
 `file_name`; the label says whether they were found rightly.
 
