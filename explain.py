@@ -1,60 +1,51 @@
 """Show where a trained model looks: python explain.py --workdir=runs/demo --out=runs/demo/explain.
 
-Writes a picture per image, contact_sheet.png and the raw maps (maps.npz). Several methods stand
-side by side: --method=grad_cam,contrastive_excitation_backprop. --list_taps prints where a map can
-be taken.
+--figure says what is drawn:
+
+    maps     (the default) a picture per image, contact_sheet.png and the raw maps (maps.npz).
+             Several methods stand side by side: --method=grad_cam,contrastive_excitation_backprop
+    warp     images warped by the attention, right and wrong predictions apart: warp_<image>.png,
+             warp_sheet.png and warp.npz
+    compare  this run and --other_workdir on the same images, at the same map resolution:
+             compare.png, compare.npz and compare.json
+
+--list_taps prints where a map can be taken.
 """
 
 import ast
-import dataclasses
-import glob
-import itertools
 import pathlib
 import textwrap
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from attnzoom_jax import attribution, cli
-from attnzoom_jax.attribution.methods import METHODS, create_method, takes
-from attnzoom_jax.data.augment import center_crop
-from attnzoom_jax.data.image_file import read_image
-from attnzoom_jax.data.pipeline import Resize
-from attnzoom_jax.data.source import open_source
+from attnzoom_jax.attribution.methods import METHODS, takes
+from attnzoom_jax.evaluation.compare import check_comparable, draw_comparison
+from attnzoom_jax.evaluation.examples import (
+    Examples,
+    chunks_of_split,
+    from_files,
+    from_split,
+    in_chunks,
+    mask_fields,
+    right_and_wrong,
+    target_ids,
+)
+from attnzoom_jax.evaluation.maps import as_function, compute_maps, save_arrays
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
-from attnzoom_jax.evaluation.split import to_input
-from attnzoom_jax.models import bind
+from attnzoom_jax.evaluation.warp import draw_warps
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.training import sharding
-from attnzoom_jax.training.progress import format_duration
 from attnzoom_jax.training.workdir import Workdir
 from attnzoom_jax.viz import overlay
 
 # Beyond these, relevance is said to be ill-conditioned, or to get lost on the way.
 MAX_ABSOLUTE, MAX_DROPPED = 2.0, 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Images to explain.
-
-    Attributes:
-        names: one per image, for files.
-        images: uint8 [n, h, w, 3], as the model takes them.
-        labels: class ids, -1 where unknown.
-        rejected: files that are no images.
-    """
-
-    names: list[str]
-    images: np.ndarray
-    labels: np.ndarray
-    rejected: list[str]
 
 
 def explain(
@@ -86,44 +77,27 @@ def explain(
     Raises:
         ValueError: unknown method, option, tap or class.
     """
-    options = dict(options or {})
-    for option in options:
-        if not any(takes(method, option) for method in methods):
-            raise ValueError(f"--option={option}: none of {', '.join(methods)} has this option")
-    computed = {
-        method: create_method(method, **{k: v for k, v in options.items() if takes(method, k)})
-        for method in methods
-    }
-    fn, shape = _bound(trained)
+    fn, shape = as_function(trained)
     gates = attribution.gate_taps(attribution.list_taps(fn, shape))
     tap = tap or attribution.default_tap(fn, shape)
     places = {name: f"tap {tap!r}" if takes(name, "tap") else "the image" for name in methods}
     print("\n".join(f"{name} at {place}" for name, place in places.items()), flush=True)
-    explain_chunk = _explain_chunk(trained, computed, options, tap, gates)
-    targets = _targets(target, examples, len(trained.class_names))
-    count, begin = len(examples.names), time.monotonic()
-    chunks = []
-    for start in range(0, count, chunk_size):
-        chunk = slice(start, start + chunk_size)
-        padding = max(0, start + chunk_size - count) if start else 0
-        images = np.pad(examples.images[chunk], ((0, padding), (0, 0), (0, 0), (0, 0)))
-        key = jax.random.fold_in(jax.random.key(0), start)
-        ids = np.pad(targets[chunk], (0, padding))
-        results = explain_chunk(images, ids, key)
-        chunks.append({k: np.asarray(v)[: len(images) - padding] for k, v in results.items()})
-        done = min(start + chunk_size, count)
-        if done < count:
-            left = (time.monotonic() - begin) / done * (count - done)
-            print(f"{done}/{count} images, {format_duration(left)} left", flush=True)
-    arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    arrays = compute_maps(
+        trained,
+        examples.images,
+        target_ids(target, examples, len(trained.class_names)),
+        methods=methods,
+        options=options,
+        tap=tap,
+        gates=gates,
+        chunk_size=chunk_size,
+    )
     arrays |= {"names": np.array(examples.names), "labels": examples.labels, "tap": np.array(tap)}
     if "absolute" in arrays:
         _warn_of_imbalance(tap, arrays["absolute"], arrays["dropped"])
 
     out.mkdir(parents=True, exist_ok=True)
-    # A "/" would make folders inside the npz file.
-    files: dict[str, Any] = {name.replace("/", "."): array for name, array in arrays.items()}
-    np.savez(out / "maps.npz", **files)
+    save_arrays(out / "maps.npz", arrays)
     pictures = _pictures(trained, examples, arrays, methods, gates)
     for picture in pictures:
         overlay.save_explanation(out / f"{picture.name}.png", picture)
@@ -132,58 +106,12 @@ def explain(
     return arrays
 
 
-def _explain_chunk(
-    trained: TrainedModel,
-    methods: Mapping[str, Any],
-    options: Mapping[str, Any],
-    tap: str,
-    gates: Sequence[str],
-) -> Any:
-    """What computes maps, masks and predictions of images uint8 [n, h, w, 3]."""
-    # Gradients in a loop are slow where the loop is compiled (see attribution/chunks.py).
-    loops = [name for name in methods if takes(name, "samples") or takes(name, "steps")]
-    data = trained.config.data
-
-    @jax.jit
-    def in_one_pass(variables: Any, images: Any, targets: Any, key: Any) -> dict[str, Any]:
-        images = to_input(images, data)
-        fn = bind(trained.model, variables, train=False)
-        logits, masks = attribution.read_taps(fn, images, gates)
-        targets = jnp.where(targets < 0, logits.argmax(-1), targets)
-        results = {
-            name: maps(fn, images, targets, tap=tap, key=key)
-            for name, maps in methods.items()
-            if name not in loops
-        }
-        if any(name.endswith("excitation_backprop") for name in methods):
-            own = {k: v for k, v in options.items() if k in ("sums", "scales", "negative")}
-            balance = attribution.relevance_balance(fn, images, targets, tap=tap, **own)
-            results |= {"absolute": balance.absolute, "dropped": balance.dropped}
-        return {
-            **results,
-            "predicted": logits.argmax(-1),
-            "probabilities": jax.nn.softmax(logits),
-            "targets": targets,
-            **{name: mask[..., 0] for name, mask in masks.items()},
-        }
-
-    def explain_chunk(images: np.ndarray, targets: np.ndarray, key: jax.Array) -> dict[str, Any]:
-        results = in_one_pass(trained.variables, images, targets, key)
-        fn = bind(trained.model, trained.variables, train=False)
-        inputs = to_input(jnp.asarray(images), data)
-        for name in loops:
-            results[name] = methods[name](fn, inputs, results["targets"], tap=tap, key=key)
-        return results
-
-    return explain_chunk
-
-
 def list_taps(trained: TrainedModel) -> str:
     """A table of the model's taps: name, shape for one image, how deep, which one is the default.
 
     Depth counts the convolutions and matrix products on the longest way from the images.
     """
-    fn, shape = _bound(trained)
+    fn, shape = as_function(trained)
     default = attribution.default_tap(fn, shape)
     depths = attribution.tap_depths(fn, shape)
     rows = [("tap", "shape", "depth", "")]
@@ -197,12 +125,6 @@ def list_taps(trained: TrainedModel) -> str:
     )
 
 
-def _bound(trained: TrainedModel) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """The model as a function of images, and the shape of one image."""
-    fn = bind(trained.model, trained.variables, train=False)
-    return fn, jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
-
-
 def _warn_of_imbalance(tap: str, absolute: np.ndarray, dropped: np.ndarray) -> None:
     if absolute.max() > MAX_ABSOLUTE or np.abs(dropped).max() > MAX_DROPPED:
         print(
@@ -212,72 +134,6 @@ def _warn_of_imbalance(tap: str, absolute: np.ndarray, dropped: np.ndarray) -> N
             "later tap",
             flush=True,
         )
-
-
-def from_split(trained: TrainedModel, split: str, count: int) -> Examples:
-    """The first images of a split, cropped as evaluation crops them."""
-    data = trained.config.data
-    source = open_source(data.name, split=split, data_dir=data.dir)
-    resize = Resize(data.resize, data.image_size)
-    examples = [source[i] for i in range(min(count, len(source)))]
-    images = np.stack([resize(example["image"]) for example in examples])
-    return Examples(
-        names=[f"{split}_{i:05d}" for i in range(len(examples))],
-        images=center_crop(images, size=data.crop_size or None),
-        labels=np.array([int(example["label"]) for example in examples]),
-        rejected=[],
-    )
-
-
-def from_files(trained: TrainedModel, pattern: str) -> Examples:
-    """Image files, resized as the run resizes images; a file that is no image is named.
-
-    A run that does not resize has images of one size: there the files are squashed to it.
-    """
-    paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise ValueError(f"--images={pattern!r} matches no file")
-    data, (h, w, _) = trained.config.data, trained.image_shape
-    resize = Resize(data.resize, data.image_size)
-    names, images, rejected = [], [], []
-    for path in paths:
-        try:
-            image = read_image(path)
-        except ValueError as error:
-            print(f"left out: {error}", flush=True)
-            rejected.append(path)
-            continue
-        if data.resize == "none":
-            image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
-        else:
-            image = center_crop(resize(image)[None], size=data.crop_size or None)[0]
-        stem = pathlib.Path(path).stem
-        names.append(_unused(stem, {*names, "contact_sheet"}))
-        images.append(image)
-    if not images:
-        raise ValueError(f"none of the {len(paths)} files of --images={pattern!r} is an image")
-    return Examples(names, np.stack(images), np.full(len(images), -1), rejected)
-
-
-def _unused(name: str, used: set[str]) -> str:
-    """The name, or the first of name_2, name_3, ... that is not used."""
-    candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
-    return next(candidate for candidate in candidates if candidate not in used)
-
-
-def _targets(target: str, examples: Examples, num_classes: int) -> np.ndarray:
-    """Class ids to explain; -1 stands for the predicted class."""
-    if target == "predicted":
-        return np.full(len(examples.names), -1)
-    if target == "label":
-        if (examples.labels < 0).any():
-            raise ValueError("--class=label needs labelled images; files have none")
-        return examples.labels
-    if not target.isdigit() or int(target) >= num_classes:
-        raise ValueError(
-            f"--class={target!r}: expected predicted, label, or a class id below {num_classes}"
-        )
-    return np.full(len(examples.names), int(target))
 
 
 def _pictures(
@@ -320,49 +176,150 @@ def _options(settings: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def main() -> int:
-    """Parse the flags, explain, say where the pictures are."""
+def _maps(trained: TrainedModel, out: pathlib.Path) -> int:
     given = flags.FLAGS
-    config = Workdir(given.workdir).config()
-    cli.start_devices(config.platform, compile_cache=config.compile_cache)
-    mesh = sharding.create_mesh(jax.devices()[:1])
-    trained = restore_model(
-        given.workdir, checkpoint=given.checkpoint, data_dir=given.data_dir, mesh=mesh
-    )
-    if given.list_taps:
-        print(list_taps(trained))
-        return 0
     if given.images:
         examples = from_files(trained, given.images)
     else:
-        examples = from_split(trained, given.split, given.count)
-    out = pathlib.Path(given.out or pathlib.Path(given.workdir) / "explain")
-    target = str(given["class"].value)
+        examples = from_split(trained, given.split, given.count or 16)
     explain(
         trained,
         examples,
         out,
-        methods=given.method,
+        methods=given.method or ["grad_cam"],
         options=_options(given.option),
         tap=given.tap,
-        target=target,
+        target=_target() or "predicted",
     )
-    print(f"{len(examples.names)} pictures, contact_sheet.png and maps.npz in {out}", flush=True)
+    print(f"{len(examples)} pictures, contact_sheet.png and maps.npz in {out}", flush=True)
     return 1 if examples.rejected else 0
+
+
+def _warp(trained: TrainedModel, out: pathlib.Path) -> int:
+    given = flags.FLAGS
+    if given.images:
+        examples = from_files(trained, given.images, reserved=("sheet",))
+    else:
+        examples = right_and_wrong(trained, given.split, given.count or 4)
+    draw_warps(
+        trained,
+        examples,
+        out,
+        method=_one_method(),
+        options=_options(given.option),
+        tap=given.tap,
+        target=_target() or "predicted",
+    )
+    print(f"{len(examples)} pictures, warp_sheet.png and warp.npz in {out}", flush=True)
+    return 1 if examples.rejected else 0
+
+
+def _compare(trained: TrainedModel, out: pathlib.Path) -> int:
+    given = flags.FLAGS
+    if not given.other_workdir:
+        raise ValueError("--figure=compare needs the folder of the other run: --other_workdir=DIR")
+    other = _restore(given.other_workdir)
+    check_comparable(trained, other)
+    rejected = []
+    if given.images:
+        examples = from_files(trained, given.images)
+        count, chunks, rejected = len(examples), in_chunks(examples), examples.rejected
+    else:
+        masks = mask_fields(trained)
+        count, chunks = chunks_of_split(trained, given.split, masks=masks)
+    draw_comparison(
+        (trained, other),
+        chunks,
+        count,
+        out,
+        names=_names(given.workdir, given.other_workdir),
+        method=_one_method() or "grad_cam",
+        options=_options(given.option),
+        taps=(given.tap, given.other_tap),
+        target=_target(),
+        shown=given.count or 4,
+    )
+    print(f"compare.png, compare.npz and compare.json of {count} images in {out}", flush=True)
+    return 1 if rejected else 0
+
+
+# What --figure may be.
+FIGURES: dict[str, Callable[[TrainedModel, pathlib.Path], int]] = {
+    "maps": _maps,
+    "warp": _warp,
+    "compare": _compare,
+}
+
+
+def _restore(workdir: str) -> TrainedModel:
+    given = flags.FLAGS
+    mesh = sharding.create_mesh(jax.devices()[:1])
+    return restore_model(workdir, checkpoint=given.checkpoint, data_dir=given.data_dir, mesh=mesh)
+
+
+def _target() -> str:
+    return str(flags.FLAGS["class"].value)
+
+
+def _one_method() -> str:
+    """The method that was asked for, "" for none."""
+    given = flags.FLAGS
+    if len(given.method) > 1:
+        raise ValueError(
+            f"--figure={given.figure} takes one method, got --method={','.join(given.method)}"
+        )
+    return given.method[0] if given.method else ""
+
+
+def _names(workdir: str, other_workdir: str) -> tuple[str, str]:
+    """What two runs are called in a picture."""
+    this, other = (pathlib.Path(path).resolve().name for path in (workdir, other_workdir))
+    return (this, other) if this != other else ("this", "other")
+
+
+def main() -> int:
+    """Parse the flags, draw, say where the pictures are."""
+    given = flags.FLAGS
+    if given.figure != "compare" and (given.other_workdir or given.other_tap):
+        raise ValueError("--other_workdir and --other_tap belong to --figure=compare")
+    config = Workdir(given.workdir).config()
+    cli.start_devices(config.platform, compile_cache=config.compile_cache)
+    trained = _restore(given.workdir)
+    if given.list_taps:
+        print(list_taps(trained))
+        return 0
+    out = pathlib.Path(given.out or pathlib.Path(given.workdir) / "explain")
+    return FIGURES[given.figure](trained, out)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
     flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")
-    flags.DEFINE_string("images", "", "Image files, as a quoted pattern; default: a split's first")
+    flags.DEFINE_enum("figure", "maps", list(FIGURES), "What is drawn")
+    flags.DEFINE_string("images", "", "Image files, as a quoted pattern; default: of a split")
     flags.DEFINE_string("split", "test", "Split to take images from")
-    flags.DEFINE_integer("count", 16, "Number of images from the split", lower_bound=1)
-    flags.DEFINE_list("method", "grad_cam", f"One or several of: {', '.join(METHODS)}")
-    flags.DEFINE_multi_string("option", [], "Option of a method, NAME=VALUE; may be repeated")
-    flags.DEFINE_string("tap", "", "Where maps are taken; default: the last spatial tap")
+    flags.DEFINE_integer(
+        "count",
+        None,
+        "Number of images from the split, default 16; of the other figures: of each block, 4",
+        lower_bound=1,
+    )
+    flags.DEFINE_list(
+        "method", [], f"Default grad_cam; one or, for maps, several of: {', '.join(METHODS)}"
+    )
+    flags.DEFINE_multi_string(
+        "option", [], "Option of a method or of the warp, NAME=VALUE; may be repeated"
+    )
+    flags.DEFINE_string(
+        "tap", "", "Where maps are taken; default: the last spatial tap (warp: the first mask)"
+    )
     flags.DEFINE_bool("list_taps", False, "Print the taps of the model, and stop")
-    flags.DEFINE_string("class", "predicted", "Class to explain: predicted, label, or an id")
+    flags.DEFINE_string(
+        "class", "", "Class to explain: predicted (the default), label (that of compare), or an id"
+    )
+    flags.DEFINE_string("other_workdir", "", "Folder of the run to compare with")
+    flags.DEFINE_string("other_tap", "", "Where maps of the other run are taken")
     flags.DEFINE_string("out", "", "Folder for the pictures; default: WORKDIR/explain")
     flags.mark_flag_as_required("workdir")
     cli.run(main)

@@ -127,32 +127,45 @@ def _save_grid(
         bottom = height - (i // per_row + 1) * (side + title)
         axes = axes_at(left, bottom, side, side)
         axes.set_title(explanation.title, fontsize=6.5, loc="left", pad=2)
-        _show(axes, explanation.image)
+        show_image(axes, explanation.image)
         for column, panel in enumerate(explanation.panels, start=1):
             axes = axes_at(left + column * (side + gap), bottom, side, side)
             axes.set_title(panel.title, fontsize=6.5, loc="left", pad=2)
-            _show(axes, blend(explanation.image, panel))
+            show_image(axes, blend(explanation.image, panel))
             if panel.note:
-                _write_note(axes, panel.note)
+                write_note(axes, panel.note)
     for column, panel in enumerate(explanations[0].panels, start=1):
         bar = axes_at(gap + column * (side + gap) + 0.1 * side, 0.38, 0.8 * side, 0.07)
-        _draw_color_bar(figure, bar, panel.scale)
+        draw_color_bar(figure, bar, panel.scale)
     figure.savefig(path)
 
 
-def _show(axes: Axes, image: np.ndarray) -> None:
+def show_image(axes: Axes, image: np.ndarray) -> None:
+    """Draw an image uint8 [h, w, 3], its pixels as squares."""
     axes.imshow(image, interpolation="nearest")
     axes.set_axis_off()
 
 
-def _write_note(axes: Axes, note: str) -> None:
+def write_note(axes: Axes, note: str) -> None:
+    """Write a line over the foot of a picture."""
     box = {"facecolor": "black", "alpha": 0.75, "pad": 1.5, "edgecolor": "none"}
     place = {"transform": axes.transAxes, "ha": "center", "va": "bottom"}
     axes.text(0.5, 0.03, note, fontsize=5.5, color="white", bbox=box, **place)
 
 
-def _draw_color_bar(figure: matplotlib.figure.Figure, axes: Axes, label: str) -> None:
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOR_MAP)
-    bar = figure.colorbar(scale, cax=axes, orientation="horizontal", ticks=[0, 0.5, 1])
+def draw_color_bar(
+    figure: matplotlib.figure.Figure,
+    axes: Axes,
+    label: str,
+    *,
+    color_map: str = COLOR_MAP,
+    norm: matplotlib.colors.Normalize | None = None,
+    ticks: Sequence[float] = (0, 0.5, 1),
+) -> None:
+    """Draw a lying colour bar into axes of its own; the scale is [0, 1] unless `norm` says so."""
+    scale = matplotlib.cm.ScalarMappable(norm or matplotlib.colors.Normalize(0, 1), color_map)
+    bar = figure.colorbar(scale, cax=axes, orientation="horizontal")
+    bar.set_ticks(list(ticks), labels=[f"{tick:g}" for tick in ticks])
+    bar.minorticks_off()
     bar.ax.tick_params(labelsize=6, length=2, pad=1)
     bar.ax.set_xlabel(label, fontsize=6, labelpad=1)
