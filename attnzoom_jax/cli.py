@@ -11,13 +11,37 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.training.search import check_may_be_none
 from attnzoom_jax.training.workdir import flatten, to_plain
 
 PLATFORMS = ("", "cpu", "gpu", "tpu")
 
 
+class _OrNone(flags.ArgumentParser):
+    """Reads `None`, and all else as another parser does."""
+
+    def __init__(self, parser: Any) -> None:
+        self._parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "None" else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
 def define_config_flag(help_text: str) -> None:
-    """Define --config, and --config.key=value for each of its keys."""
+    """Define --config, and --config.key=value for each of its keys.
+
+    The value `None` leaves a key to its default, where the config has a placeholder for it.
+    """
+    for kind, parser in (
+        (bool, flags.BooleanParser()),
+        (float, flags.FloatParser()),
+        (int, flags.IntegerParser()),
+        (str, flags.ArgumentParser()),
+    ):
+        config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
     config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
 
 
@@ -73,6 +97,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         arguments = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.keys()  # a file that is not there fails at its first use
+            for key, value in config_overrides().items():
+                if value is None:
+                    check_may_be_none(flags.FLAGS.config, key)
     except Exception as error:  # a config is a programme and may raise anything
         _show_traceback()
         _fail(_explain_flag_error(error, argv), code=2)

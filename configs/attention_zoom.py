@@ -115,14 +115,22 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     return default.in_mode(config, rest)
 
 
-def get_sweep() -> dict[str, tuple]:
-    """The paper's search space: {config key: (kind, its choices or its two ends)}."""
+def get_sweep(mode: str = "") -> dict[str, tuple]:
+    """The paper's search space, as tools/sweep.py reads it; at `:tiny` with batches that fit."""
+    sgd = {"optimizer.name": ("sgd",)}
+    step, plateau = {"schedule.name": ("step",)}, {"schedule.name": ("plateau",)}
+    batch_sizes = (8, 16, 32, 64) if "tiny" in mode.split(",") else (32, 64, 128, 256)
     return {
-        "data.batch_size": ("choice", (32, 64, 128, 256)),
+        "data.batch_size": ("choice", batch_sizes),
         "optimizer.learning_rate": ("log", (1e-5, 1e-1)),
         "optimizer.weight_decay": ("log", (1e-6, 1e-2)),
         "optimizer.name": ("choice", ("adam", "sgd")),
-        "optimizer.momentum": ("uniform", (0.7, 1.0)),  # of sgd
+        "optimizer.momentum": ("uniform", (0.7, 1.0), sgd),
         "schedule.name": ("choice", ("cosine", "step", "plateau", "one_cycle")),
-        "schedule.decay_epochs": ("uniform", (10.0, 30.0)),  # of step
+        "schedule.decay_epochs": ("uniform", (10.0, 30.0), step),
+        # Not searched: what a scheduler needs, and what must not stay where another is drawn.
+        "schedule.factor": ("choice", (0.1,), {"schedule.name": ("step", "plateau")}),
+        "schedule.patience": ("choice", (10,), plateau),
+        "schedule.metric": ("choice", ("validation/cross_entropy",), plateau),
+        "schedule.mode": ("choice", ("min",), plateau),
     }

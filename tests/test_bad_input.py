@@ -65,6 +65,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     ),
     "key of a number": ([*TRAIN, "--config.seed.x=1"], 2, "unknown config key 'seed.x'"),
     "wrong type": ([*TRAIN, "--config.total_steps=many"], 2, "--config.total_steps=many"),
+    "None for a value": ([*TRAIN, "--config.seed=None"], 2, "config key 'seed' cannot be None"),
     "no flag": ([*TRAIN, "configs/demo.py"], 2, "unexpected argument 'configs/demo.py'"),
     "unknown flag": ([*TRAIN, "--confg=1"], 2, "'confg'. Did you mean: config"),
     "no workdir": (TRAIN[:2], 2, "--workdir must have a value"),
@@ -136,6 +137,36 @@ CASES: dict[str, tuple[list[str], int, str]] = {
         ["explain.py", "--workdir={run}", "--images={new}/*.jpg", "--out={new}"],
         1,
         "/*.jpg' matches no file",
+    ),
+    "unknown figure": (
+        ["explain.py", "--workdir={run}", "--figure=wrap"],
+        2,
+        "flag --figure=wrap: value should be one of <maps|warp|compare>",
+    ),
+    "comparison with nothing": (
+        ["explain.py", "--workdir={run}", "--figure=compare", "--out={new}"],
+        1,
+        "--figure=compare needs the folder of the other run: --other_workdir=DIR",
+    ),
+    "comparison with no run": (
+        ["explain.py", "--workdir={run}", "--figure=compare", "--other_workdir={new}"],
+        1,
+        "holds no run (no config.json); train first",
+    ),
+    "flag of another figure": (
+        ["explain.py", "--workdir={run}", "--figure=warp", "--other_workdir={run}"],
+        1,
+        "--other_workdir and --other_tap belong to --figure=compare",
+    ),
+    "several methods where one is taken": (
+        ["explain.py", "--workdir={run}", "--figure=warp", "--method=rise,occlusion"],
+        1,
+        "--figure=warp takes one method, got --method=rise,occlusion",
+    ),
+    "unknown option of the warp": (
+        ["explain.py", "--workdir={run}", "--figure=warp", "--option=flor=0.1", "--out={new}"],
+        1,
+        "unknown option of the warp 'flor'; did you mean 'floor'",
     ),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optuna
 import pytest
 from PIL import Image
 
@@ -22,6 +23,9 @@ from attnzoom_jax.data.source import Source
 from attnzoom_jax.evaluation.restore import restore_model
 from attnzoom_jax.models import create_model
 from attnzoom_jax.training import experiment, sharding
+from attnzoom_jax.training.optimizer import create_optimizer
+from attnzoom_jax.training.schedule import create_schedule
+from attnzoom_jax.training.search import changed, check_metric, read_space, suggest
 from attnzoom_jax.training.state import init_variables
 from attnzoom_jax.training.workdir import Workdir, differences, flatten, to_plain
 from configs import attention_zoom, default
@@ -68,7 +72,7 @@ def test_no_golden_file_is_left_over():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_config_has_every_key_and_adds_none_outside_its_open_sections(name, mode):
-    free = ("model.", "optimizer.", "schedule.", "evals.")
+    free = ("model.", "optimizer.", "schedule.", "evals.", "losses.")
     keys = {key for key in flatten(to_plain(load(name, mode))) if not key.startswith(free)}
     known = flatten(to_plain(default.get_config()))
     assert keys == {key for key in known if not key.startswith(free)}
@@ -234,3 +238,24 @@ def test_every_row_has_an_optimizer_and_a_schedule(dataset, backbone, with_layer
     schedule: Any = parts.schedule
     rates = [float(schedule(step)) for step in range(0, parts.total_steps, parts.eval_every)]
     assert np.isfinite(rates).all() and 0 < max(rates) <= config.optimizer.learning_rate * 1.0001
+
+
+@pytest.mark.parametrize(("dataset", "backbone", "with_layer"), attention_zoom.ROWS)
+@pytest.mark.parametrize("mode", MODES)
+def test_whatever_is_drawn_has_an_optimizer_and_a_schedule(dataset, backbone, with_layer, mode):
+    variant = "zoom" if with_layer else "base"
+    config = table_config(dataset, backbone, variant, mode)
+    words = f"dataset={dataset},backbone={backbone},variant={variant},{mode}"
+    space = read_space(f"{ROOT}/configs/attention_zoom.py:{words}", config)
+    check_metric(config)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(40):
+        drawn = changed(config, suggest(study.ask(), space, config))
+        schedule: Any = create_schedule(drawn, total_steps=1000, steps_per_epoch=20.0)
+        create_optimizer(drawn, {"kernel": np.zeros(3)}, schedule=schedule)
+        seen.add((drawn.optimizer.name, drawn.schedule.name))
+        assert mode != "tiny" or drawn.data.batch_size <= 240  # images of the tiny data set
+        assert (drawn.optimizer.momentum is None) == (drawn.optimizer.name == "adam")
+        assert (drawn.schedule.decay_epochs is None) == (drawn.schedule.name != "step")
+    assert len(seen) == 8
