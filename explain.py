@@ -8,6 +8,7 @@
              warp_sheet.png and warp.npz
     compare  this run and --other_workdir on the same images, at the same map resolution:
              compare.png, compare.npz and compare.json
+    steps    what a model that looks in steps sees in each of them: steps.png and steps.npz
 
 --list_taps prints where a map can be taken.
 """
@@ -38,6 +39,7 @@ from attnzoom_jax.evaluation.examples import (
 )
 from attnzoom_jax.evaluation.maps import as_function, compute_maps, save_arrays
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
+from attnzoom_jax.evaluation.steps import draw_steps
 from attnzoom_jax.evaluation.warp import draw_warps
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.training import sharding
@@ -243,11 +245,23 @@ def _compare(trained: TrainedModel, out: pathlib.Path) -> int:
     return 1 if rejected else 0
 
 
+def _steps(trained: TrainedModel, out: pathlib.Path) -> int:
+    given = flags.FLAGS
+    if given.images:
+        examples = from_files(trained, given.images)
+    else:
+        examples = right_and_wrong(trained, given.split, given.count or 4)
+    draw_steps(trained, examples, out, target=_target() or "predicted")
+    print(f"steps.png and steps.npz of {len(examples)} images in {out}", flush=True)
+    return 1 if examples.rejected else 0
+
+
 # What --figure may be.
 FIGURES: dict[str, Callable[[TrainedModel, pathlib.Path], int]] = {
     "maps": _maps,
     "warp": _warp,
     "compare": _compare,
+    "steps": _steps,
 }
 
 

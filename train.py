@@ -206,7 +206,8 @@ def _on_device(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any
         seed=config.seed,
         start_step=step,
     )
-    train_steps = jit_steps_on_device(_train_step(experiment), mesh)
+    losses = experiment.recipe.losses
+    train_steps = jit_steps_on_device(_train_step(experiment), mesh, losses=losses)
     most = config.data.steps_per_call
 
     def advance(state: TrainState, limit: int) -> tuple[TrainState, Any, int]:

@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "image_size": 0,
                 "crop_size": 0,  # side of what the model sees: random crop in training, central
                 # crop elsewhere; 0: the whole image
+                "patches": "",  # folder of precomputed boxes, see data/patches.py; "": none
                 "mean": (0.5, 0.5, 0.5),  # of the pixels per channel, in [0, 1]
                 "std": (0.25, 0.25, 0.25),
             },
@@ -39,6 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "auto_augment": "",  # "cifar10", "imagenet", "svhn"
                 "mixup": 0.0,  # alpha; 0: off
                 "cutmix": 0.0,
+            },
+            "losses": {  # {name: {"name": term, "weight": 1.0, **its options}}, see
+                "cross_entropy": {"name": "cross_entropy"},  # training/terms.py
             },
             "label_smoothing": 0.0,
             "model": {  # None: what the name stands for
@@ -138,6 +142,33 @@ def use_tiny_imagenet(config: ml_collections.ConfigDict) -> None:
     }
     config.evals.test.split = "validation"
     config.evals.test.prefix = "test"
+
+
+def use_fine_shapes(config: ml_collections.ConfigDict) -> None:
+    """fine_shapes with the recipe of the demonstration, and where the network looks."""
+    config.total_steps = 1000
+    config.data.update({"name": "fine_shapes", "batch_size": 32})
+    config.augment.flip = True
+    config.optimizer.update({"name": "adam", "learning_rate": 3e-3})
+    config.schedule.update({"name": "one_cycle"})
+    config.log_every_steps = 100
+    config.eval_every_steps, config.eval_every_epochs = 500, 0.0
+    config.evals.localization = {"name": "localize", "split": "test", "tap": ""}
+
+
+def use_fine_grained(config: ml_collections.ConfigDict, name: str) -> None:
+    """CUB-200-2011, Stanford Cars or FGVC-Aircraft, with images for validation.
+
+    Papers choose the epoch by the test set. Here it is a tenth of train, or the validation split of
+    FGVC-Aircraft, and the test set is looked at once.
+    """
+    has_validation = name == "fgvc_aircraft"
+    config.data.update({"name": name, "train_split": "train" if has_validation else "train[:90%]"})
+    config.evals.validation = {
+        "name": "classify",
+        "split": "validation" if has_validation else "train[90%:]",
+        "prefix": "validation",
+    }
 
 
 def choose(mode: str, choices: dict[str, str], known: Mapping[str, Iterable[str]]) -> str:

@@ -19,9 +19,7 @@ from configs import default
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config = default.get_config()
-    config.total_steps = 1000
-    config.data.update({"name": "fine_shapes", "batch_size": 32})
-    config.augment.flip = True
+    default.use_fine_shapes(config)
     config.model.update(
         {
             "name": "resnet10",
@@ -32,9 +30,4 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
             },
         }
     )
-    config.optimizer.update({"name": "adam", "learning_rate": 3e-3})
-    config.schedule.update({"name": "one_cycle"})
-    config.log_every_steps = 100
-    config.eval_every_steps, config.eval_every_epochs = 500, 0.0
-    config.evals.localization = {"name": "localize", "split": "test", "tap": ""}
     return default.in_mode(config, mode)

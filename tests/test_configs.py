@@ -44,10 +44,10 @@ def load(name, mode="") -> Any:
     return importlib.import_module(f"configs.{name}").get_config(mode)
 
 
-def any_source(name, *, split, data_dir="", fields=()):
+def any_source(data, *, split):
     """Stands for a data set that is not prepared here."""
     return Source(
-        name=f"{name}:{split}",
+        name=f"{data.name}:{split}",
         class_names=tuple(f"class {i}" for i in range(100)),
         image_shape=(64, 64, 3),
         examples=[{}] * 50_000,
@@ -94,7 +94,7 @@ def test_an_unknown_mode_is_named(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_parts_of_the_whole_experiment_fit(name, monkeypatch):
-    monkeypatch.setattr(experiment, "open_source", any_source)
+    monkeypatch.setattr(experiment, "open_split", any_source)
     config = load(name)
     parts = experiment.create_experiment(config)
     assert parts.total_steps >= parts.eval_every >= 1
@@ -231,7 +231,7 @@ def test_every_backbone_takes_two_steps_at_tiny_offline(
 
 @pytest.mark.parametrize(("dataset", "backbone", "with_layer"), attention_zoom.ROWS)
 def test_every_row_has_an_optimizer_and_a_schedule(dataset, backbone, with_layer, monkeypatch):
-    monkeypatch.setattr(experiment, "open_source", any_source)
+    monkeypatch.setattr(experiment, "open_split", any_source)
     config = table_config(dataset, backbone, "zoom" if with_layer else "base")
     parts = experiment.create_experiment(config)
     assert round(parts.total_steps / parts.eval_every) == 50  # epochs, each with an evaluation

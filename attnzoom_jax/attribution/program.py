@@ -91,6 +91,22 @@ class Values(dict[int, Any]):
 
 
 @dataclasses.dataclass(frozen=True)
+class Known:
+    """A function, and the values at some of its taps for the arguments that it will be given.
+
+    What looks at such a tap and beyond it then does not compute what comes before it. A value of
+    another shape than the tap's is not used: the call is for a part of the batch.
+    """
+
+    fn: Callable[..., Any]
+    values: Mapping[str, jax.Array]
+
+    def __call__(self, *args: Any) -> Any:
+        """The function itself."""
+        return self.fn(*args)
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A traced function.
 
@@ -101,6 +117,7 @@ class Program:
         output_tree: structure of the result.
         shapes: {number of a value: its shape and dtype}.
         taps: {name: shape and dtype}, in order of execution.
+        known: {tap: value that takes the place of the computed one}.
     """
 
     steps: tuple[Step, ...]
@@ -109,6 +126,7 @@ class Program:
     output_tree: Any
     shapes: Mapping[int, jax.ShapeDtypeStruct]
     taps: Mapping[str, jax.ShapeDtypeStruct]
+    known: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def run(
         self, *args: Any, read: Sequence[str] = (), add: Mapping[str, jax.Array] | None = None
@@ -151,7 +169,10 @@ class Program:
         add = add or {}
         values = Values(zip(self.inputs, jax.tree.leaves(args), strict=True))
         for step in self.steps:
-            results = _apply(step, [values[ref] for ref in step.inputs])
+            inputs = [values[ref] for ref in step.inputs]
+            if step.tap is not None and step.tap in self.known:
+                inputs = [self.known[step.tap]]
+            results = _apply(step, inputs)
             if step.tap is not None and step.tap in add:
                 results = [results[0] + add[step.tap].astype(results[0].dtype)]
             values.update(zip(step.outputs, results, strict=True))
@@ -173,7 +194,7 @@ def trace(
     """Trace a function into a program.
 
     Args:
-        fn: any JAX function.
+        fn: any JAX function, or one with taps that are `Known`.
         *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
         open_calls: open every call and unroll every scan, not only those that hold a tap.
         whole: calls that stay one step all the same, as `jit:NAME`.
@@ -189,6 +210,7 @@ def trace(
     flattened = _Flattening(open_calls, whole)
     inputs = flattened.new_values(closed.jaxpr.invars)
     outputs = flattened.inline(closed, inputs)
+    known = fn.values.items() if isinstance(fn, Known) else ()
     return Program(
         steps=tuple(flattened.steps),
         inputs=tuple(inputs),
@@ -196,6 +218,7 @@ def trace(
         output_tree=jax.tree.structure(shapes),
         shapes=flattened.shapes,
         taps=flattened.taps,
+        known={tap: x for tap, x in known if _shape(x) == flattened.taps.get(tap)},
     )
 
 

@@ -11,7 +11,7 @@ authors' published arrays.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,11 @@ def open_split(data: Any, *, split: str, fields: Sequence[str] = ("image", "labe
     boxes = read_boxes(file, sorted(names_of(base), key=lambda name: name[0].split("/")))
     rows = [boxes[name] * np.float32(data.image_size / SIDE) for name, _ in names_of(split)]
     return dataclasses.replace(source, examples=_WithBoxes(source.examples, rows))
+
+
+def extra_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with beside the images: `boxes`, where the batch has them."""
+    return {"boxes": batch["boxes"]} if "boxes" in batch else {}
 
 
 def read_boxes(file: pathlib.Path, examples: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.evaluation.split import EvalSplit, Sums, to_input
 from attnzoom_jax.metrics.classification import classification_metrics, classification_sums
 from attnzoom_jax.models.insert import train_argument
@@ -32,7 +33,8 @@ class Classify:
 
         def batch_sums(variables: Any, batch: dict[str, jax.Array]) -> Sums:
             images = to_input(batch["image"], data)
-            logits: Any = model.apply(variables, images, **train_argument(model, False))
+            inputs = {**extra_inputs(batch), **train_argument(model, False)}
+            logits: Any = model.apply(variables, images, **inputs)
             return classification_sums(logits, batch["label"], batch["mask"])
 
         self._split = EvalSplit(

@@ -4,6 +4,7 @@ Grad-CAM of the true class at a tap, its positive part resized to the image, aga
 the data set has. A map that ignores the image has the mask's share of its energy inside the mask.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from attnzoom_jax import attribution
 from attnzoom_jax.data.augment import center_crop
+from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.evaluation.split import EvalSplit, Sums, to_input
 from attnzoom_jax.metrics import localization
 from attnzoom_jax.models.insert import train_argument
@@ -54,16 +56,18 @@ class Localize:
 
         def batch_sums(variables: Any, batch: dict[str, jax.Array]) -> Sums:
             images = to_input(batch["image"], data)
-            fn = bind(model, variables, **train_argument(model, False))
+            inputs = {**extra_inputs(batch), **train_argument(model, False)}
+            fn = bind(model, variables, **inputs)
             taps = attribution.list_taps(fn, images)
+            spatial = [name for name in attribution.gate_taps(taps) if _has_places(taps[name])]
             maps = attribution.grad_cam(
                 fn, images, batch["label"], tap=tap or attribution.default_tap(fn, images)
             )
-            _, gates = attribution.read_taps(fn, images, attribution.gate_taps(taps))
+            _, masks = attribution.read_taps(fn, images, spatial)
             crop = data.crop_size or None
             inside = {name: center_crop(batch[name], size=crop)[..., 0] for name in self.masks}
             values = _scores("", ops_maps.positive(maps), inside)
-            for gate, mask in gates.items():
+            for gate, mask in masks.items():
                 name = "gate_" + gate.removeprefix("inserted/").removesuffix("/gate") + "_"
                 values |= _scores(name.replace("/", "."), mask.mean(axis=-1), inside)
             sums = {name: jnp.where(batch["mask"] > 0, v, 0).sum() for name, v in values.items()}
@@ -101,6 +105,11 @@ class Localize:
             for name in [name for name in metrics if name.endswith(energy)]:
                 metrics[f"{name}_ratio"] = metrics[name] / share if share else 0.0
         return {f"{self.prefix}/{name}": metrics[name] for name in sorted(metrics)}
+
+
+def _has_places(shape: tuple[int, ...]) -> bool:
+    """Whether a gate is a mask of places, rather than of channels or steps."""
+    return len(shape) == 4 and math.prod(shape[1:3]) > 1
 
 
 def _scores(kind: str, maps: jax.Array, masks: dict[str, jax.Array]) -> dict[str, jax.Array]:

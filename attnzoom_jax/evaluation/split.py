@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attnzoom_jax.data.augment import center_crop, normalize
+from attnzoom_jax.data.patches import open_split
 from attnzoom_jax.data.pipeline import Resize, eval_batches
-from attnzoom_jax.data.source import open_source
 from attnzoom_jax.training.sharding import check_batch_size, prefetch
 
 Sums = dict[str, jax.Array]
@@ -42,7 +42,7 @@ class EvalSplit:
     ) -> None:
         check_batch_size(data.eval_batch_size, mesh, key="data.eval_batch_size")
         self._data, self._mesh = data, mesh
-        self._source = open_source(data.name, split=split, data_dir=data.dir, fields=fields)
+        self._source = open_split(data, split=split, fields=fields)
 
         def add(sums: Sums, variables: Any, batch: dict[str, jax.Array]) -> Sums:
             return jax.tree.map(jnp.add, sums, batch_sums(variables, batch))

@@ -71,9 +71,9 @@ class SqueezeExcite(nn.Module):
         Raises:
             ValueError: a field out of range, or an input that is not [n, h, w, c].
         """
-        _check(self, x, "reduction")
+        check(self, x, "reduction")
         means = jnp.mean(x.astype(jnp.float32), axis=(1, 2))  # [n, c]
-        logits = _excite(means, self.reduction, self.identity_init)
+        logits = excite(means, self.reduction, self.identity_init)
         return _gated(self, x, logits[:, None, None, :])
 
 
@@ -108,7 +108,7 @@ class ECA(nn.Module):
         Raises:
             ValueError: a field out of range, or an input that is not [n, h, w, c].
         """
-        _check(self, x, *(() if self.kernel is None else ("kernel",)))
+        check(self, x, *(() if self.kernel is None else ("kernel",)))
         size = eca_kernel(x.shape[-1]) if self.kernel is None else self.kernel
         means = jnp.mean(x.astype(jnp.float32), axis=(1, 2))  # [n, c]
         logits = nn.Conv(
@@ -177,7 +177,7 @@ class CBAM(nn.Module):
         Raises:
             ValueError: a field out of range, or an input that is not [n, h, w, c].
         """
-        _check(self, x, "reduction", "kernel")
+        check(self, x, "reduction", "kernel")
         x = _ChannelGate(self.reduction, self.identity_init, self.dtype, name="channel")(x)
         spatial = _SpatialGate(self.kernel, self.identity_init, self.dtype, name="spatial")
         return spatial(x, train=train)
@@ -194,7 +194,7 @@ class _ChannelGate(nn.Module):
         pooled = jnp.stack(
             [values.mean((1, 2)), first_max(values, axis=(1, 2))], axis=1
         )  # [n, 2, c]
-        logits = _excite(pooled, self.reduction, self.identity_init).sum(axis=1)  # [n, c]
+        logits = excite(pooled, self.reduction, self.identity_init).sum(axis=1)  # [n, c]
         return _gated(self, x, logits[:, None, None, :])
 
 
@@ -228,8 +228,17 @@ class _SpatialGate(nn.Module):
         return _gated(self, x, logits)
 
 
-def _excite(pooled: jax.Array, reduction: int, identity_init: bool) -> jax.Array:
-    """W2 ReLU(W1 z + b1) + b2, of the calling module's submodules `fc1` and `fc2`."""
+def excite(pooled: jax.Array, reduction: int, identity_init: bool = False) -> jax.Array:
+    """W2 ReLU(W1 z + b1) + b2, of the calling module's submodules `fc1` and `fc2`.
+
+    Args:
+        pooled: z, float32 [..., c].
+        reduction: channels per hidden unit; there is at least one hidden unit.
+        identity_init: whether W2 starts at zero.
+
+    Returns:
+        float32 [..., c].
+    """
     c = pooled.shape[-1]
     hidden = nn.Dense(
         max(c // reduction, 1), kernel_init=torch_uniform, dtype=jnp.float32, name="fc1"
@@ -250,7 +259,8 @@ def _gated(
     return (x * Gate(name="gate")(mask)).astype(layer.dtype or x.dtype)
 
 
-def _check(layer: SqueezeExcite | ECA | CBAM, x: jax.Array, *fields: str) -> None:
+def check(layer: nn.Module, x: jax.Array, *fields: str) -> None:
+    """Raise a ValueError unless x is [n, h, w, c] and these fields of the layer are counts."""
     kind = type(layer).__name__
     if x.ndim != 4:
         raise ValueError(

@@ -7,7 +7,9 @@ import flax.linen as nn
 
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.layers.attention_zoom import AttentionZoom
+from attnzoom_jax.layers.cam_guided import CamGuidedAttention
 from attnzoom_jax.layers.channel_spatial import CBAM, ECA, SqueezeExcite
+from attnzoom_jax.layers.recursive import RecursiveAttention
 from attnzoom_jax.layers.zoom_warp import ZoomWarp
 
 _LAYERS: dict[str, type[nn.Module]] = {
@@ -15,6 +17,8 @@ _LAYERS: dict[str, type[nn.Module]] = {
     "squeeze_excite": SqueezeExcite,
     "eca": ECA,
     "cbam": CBAM,
+    "cam_guided": CamGuidedAttention,
+    "recursive_attention": RecursiveAttention,  # of vectors [n, d], not maps
     "zoom_warp": ZoomWarp,
 }
 LAYER_NAMES: tuple[str, ...] = tuple(_LAYERS)

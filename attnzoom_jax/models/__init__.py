@@ -1,9 +1,23 @@
 """Backbones, and what makes any linen CNN of them one with attention layers and named taps."""
 
-from attnzoom_jax.models.factory import MODEL_NAMES, create_model
+from attnzoom_jax.models.factory import MODEL_NAMES, WRAPPER_NAMES, create_model
+from attnzoom_jax.models.features import Features
 from attnzoom_jax.models.fold import fold_batch_norm
 from attnzoom_jax.models.insert import Insert
 from attnzoom_jax.models.pretrained import load_pretrained
+from attnzoom_jax.models.recursive_zoom import RecursiveZoom
 from attnzoom_jax.models.taps import bind
+from attnzoom_jax.models.two_stream import TwoStream
 
-__all__ = ["MODEL_NAMES", "Insert", "bind", "create_model", "fold_batch_norm", "load_pretrained"]
+__all__ = [
+    "MODEL_NAMES",
+    "WRAPPER_NAMES",
+    "Features",
+    "Insert",
+    "RecursiveZoom",
+    "TwoStream",
+    "bind",
+    "create_model",
+    "fold_batch_norm",
+    "load_pretrained",
+]

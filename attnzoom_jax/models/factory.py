@@ -1,9 +1,11 @@
 """Every model of the package, by name.
 
 A model is an entry of one table: its name and the call that builds it, with the fields that make it
-what it is already filled in. What the caller passes fills in or overrides the rest.
+what it is already filled in. What the caller passes fills in or overrides the rest. A second table
+has the models that are built around one of these.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,7 +20,9 @@ from attnzoom_jax.models.densenet import DenseNet
 from attnzoom_jax.models.insert import Insert
 from attnzoom_jax.models.iresnet import IResNet
 from attnzoom_jax.models.mobilenet import MobileNetV1, MobileNetV2
+from attnzoom_jax.models.recursive_zoom import RecursiveZoom
 from attnzoom_jax.models.resnet import ResNet
+from attnzoom_jax.models.two_stream import TwoStream, two_stream
 from attnzoom_jax.models.vgg import VGG
 from attnzoom_jax.models.wide_resnet import WideResNet
 
@@ -63,7 +67,26 @@ FIXED = frozenset(
     {"stage_sizes", "block", "shortcut", "groups", "width_per_group", "attention", "widen", "norm"}
 )
 LINEN_FIELDS = ("parent", "name")
+
+
+def _fields(model: type[nn.Module], *given: str) -> tuple[str, ...]:
+    """The fields of a model's class that an option may set: all but linen's and those given."""
+    names = [field.name for field in dataclasses.fields(model)]
+    return tuple(name for name in names if name not in (*LINEN_FIELDS, *given))
+
+
 MODEL_NAMES: tuple[str, ...] = tuple(_MODELS)
+
+# name: (call that wraps a backbone, its options, the backbone it takes if none is named).
+_WRAPPERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...], str]] = {
+    "recursive_zoom": (RecursiveZoom, _fields(RecursiveZoom, "backbone"), "resnet50"),
+    "two_stream": (
+        two_stream,
+        ("shared", "tap", *_fields(TwoStream, "global_trunk", "object_trunk", "num_classes")),
+        "vgg19",
+    ),
+}
+WRAPPER_NAMES: tuple[str, ...] = tuple(_WRAPPERS)
 
 
 def create_model(
@@ -96,8 +119,20 @@ def create_model(
     | convnext_tiny              | ConvNeXt    | stem="imagenet", width=96, drop_path=0.0,      |
     |                            |             | dtype                                          |
 
+    Models around one of these take its name as the option `backbone`, and its options beside their
+    own, which go first where both have one of a name:
+
+    | models         | class         | options                                                     |
+    |----------------|---------------|-------------------------------------------------------------|
+    | two_stream     | TwoStream     | backbone="vgg19", shared=False (one trunk for both), tap="" |
+    |                |               | (after the last stage), steps=10, hidden=512, aggregation,  |
+    |                |               | patch_source, eval_patch, patch_size=224, add_on=1024,      |
+    |                |               | object_weight=1.0                                           |
+    | recursive_zoom | RecursiveZoom | backbone="resnet50", steps=2, tap="stage4", attention,      |
+    |                |               | cells=31, fwhm=13.0, temperature=1.0, strength=1.0          |
+
     Args:
-        name: one of MODEL_NAMES.
+        name: one of MODEL_NAMES or WRAPPER_NAMES.
         num_classes: logits per image, at least 1.
         insert: {path: {"name": layer, **its fields}}, layers to insert, as `Insert` takes them.
         **options: fields of the model, such as stem="cifar" or dtype="bfloat16"; a list is taken as
@@ -110,21 +145,19 @@ def create_model(
     Raises:
         ValueError: unknown name or option (the nearest ones are named), or a value out of range.
     """
-    if name not in _MODELS:
-        raise unknown_name("model", name, MODEL_NAMES)
-    create = _MODELS[name]
-    fixed = FIXED.intersection(getattr(create, "keywords", ()))
-    fields = [field for field in inspect.signature(create).parameters if field not in LINEN_FIELDS]
     # Configs name every option, None where the model's own value is wanted, and hold lists, which
     # linen cannot hash.
     options = {key: value for key, value in options.items() if value is not None}
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    for option in options:
-        if option in fixed:
-            raise ValueError(f"{option} is what makes {name} that network; {_free_form(create)}")
-        if option not in fields:
-            raise unknown_name(f"option of {name}", option, [f for f in fields if f not in fixed])
-    model = create(num_classes=num_classes, **options)
+    if name in _WRAPPERS:
+        wrap, known, default = _WRAPPERS[name]
+        backbone = options.pop("backbone", default)
+        own = {option: options.pop(option) for option in known if option in options}
+        model = wrap(_create(backbone, num_classes, options, also=("backbone", *known)), **own)
+    elif name in _MODELS:
+        model = _create(name, num_classes, options)
+    else:
+        raise unknown_name("model", name, (*MODEL_NAMES, *WRAPPER_NAMES))
     if not insert:
         return model
     for path, layer in insert.items():
@@ -134,6 +167,24 @@ def create_model(
                 '{"name": "attention_zoom", "threshold": 0.5}'
             )
     return Insert(model, {path: create_layer(**layer) for path, layer in insert.items()})
+
+
+def _create(
+    name: str, num_classes: int, options: Mapping[str, Any], also: tuple[str, ...] = ()
+) -> nn.Module:
+    """A model of the first table; `also` are options that its wrapper has."""
+    if name not in _MODELS:
+        raise unknown_name("backbone", name, MODEL_NAMES)
+    create = _MODELS[name]
+    fixed = FIXED.intersection(getattr(create, "keywords", ()))
+    fields = [field for field in inspect.signature(create).parameters if field not in LINEN_FIELDS]
+    for option in options:
+        if option in fixed:
+            raise ValueError(f"{option} is what makes {name} that network; {_free_form(create)}")
+        if option not in fields:
+            known = [*also, *(f for f in fields if f not in fixed)]
+            raise unknown_name(f"option of {name}", option, known)
+    return create(num_classes=num_classes, **options)
 
 
 def _free_form(create: Any) -> str:

@@ -18,7 +18,7 @@ Arrays whose name ends in "kernel" are taken as they are. Where a file has its b
 into the convolutions before them, the bias becomes that of a norm which does nothing else.
 
 A file written under our own names, `params/stem/conv1/kernel`, is read too, also for the layers of
-an `Insert`.
+an `Insert`. A model that holds several networks, as `TwoStream` does, gets the file into each.
 
 Preprocessing is part of the weights: torchvision's expect RGB in [0, 1], less its mean and over its
 deviation; MobileNets from TensorFlow expect [-1, 1] and `padding="tf"`.
@@ -41,8 +41,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from attnzoom_jax.models.blocks import Norm
-from attnzoom_jax.models.factory import MODEL_NAMES, create_model
-from attnzoom_jax.models.insert import Insert, train_argument
+from attnzoom_jax.models.factory import LINEN_FIELDS, MODEL_NAMES, create_model
+from attnzoom_jax.models.features import Features
+from attnzoom_jax.models.insert import train_argument
 from attnzoom_jax.models.weight_files import read_weights
 from attnzoom_jax.models.weight_names import TABLES, has_form, weight_names
 
@@ -62,11 +63,12 @@ def load_pretrained(
     """Variables of a model with the weights of a file where the file has them.
 
     Prints, by name, what was loaded, what is newly initialised, and what of the file was not used.
-    Newly initialised are, without an error: the layers of an `Insert`, attention inside the blocks
-    that the file does not have, and the head where its shape differs (another number of classes).
+    Newly initialised are, without an error: what a wrapper (`Insert`, `TwoStream`, `RecursiveZoom`)
+    adds to its backbone, attention inside the blocks that the file does not have, and the head
+    where its shape differs (another number of classes).
 
     Args:
-        model: of `create_model`, or an `Insert` around one.
+        model: of `create_model`, or modules around such ones.
         path: a file of weights with the names of torchvision, timm or the authors' code, or our
             own: .pth, .pt, .th, .safetensors or .npz, as `read_weights` takes them. Prefixes such
             as "module." and wrappers such as {"state_dict": ...} are understood.
@@ -83,17 +85,24 @@ def load_pretrained(
             that it fits best is named).
     """
     images = _image_shape(image_shape)
-    backbone, prefix = _backbone(model)
-    if type(backbone) not in TABLES:
+    places = _backbones(model)
+    families = {type(place.module) for place in places}
+    if len(families) != 1:
+        known = ", ".join(family.__name__ for family in TABLES)
+        found = ", ".join(sorted(family.__name__ for family in families)) or "none"
         raise ValueError(
-            f"load_pretrained: no names are known for {type(backbone).__name__}; there are for "
-            f"{', '.join(family.__name__ for family in TABLES)}"
+            f"load_pretrained: expected a network of one family with known names ({known}), "
+            f"{type(model).__name__} holds {found}"
         )
+    family = families.pop()
     file = _without_prefixes(read_weights(path))
     shapes = _shapes(model, images)
-    found = _find(file, shapes, type(backbone), prefix)
-    if found.wrong_shapes or _share(found, file, shapes, backbone, prefix) < LEAST_SHARE:
-        raise ValueError(_misfit(path, backbone, found, file, shapes))
+    found = _Found()
+    for place in places:
+        here = _find(file, shapes, family, place.prefix)
+        if here.wrong_shapes or _share(here, file, shapes, family, place) < LEAST_SHARE:
+            raise ValueError(_misfit(path, family, here, file, shapes))
+        found.add(here)
 
     missing = [name for name in shapes if name not in found.arrays]
 
@@ -104,7 +113,8 @@ def load_pretrained(
 
     new = jax.jit(rest)(key) if missing else {}
     if jax.process_index() == 0:
-        print(_summary(path, found, missing, file, prefix), flush=True)
+        prefixes = [place.prefix for place in places]
+        print(_summary(path, found, missing, file, prefixes), flush=True)
     loaded = {name: jnp.asarray(array, jnp.float32) for name, array in found.arrays.items()}
     return unflatten_dict({name: (loaded | new)[name] for name in shapes}, sep="/")
 
@@ -126,6 +136,28 @@ class _Found:
     wrong_shapes: list[str] = dataclasses.field(default_factory=list)
     folded: int = 0
     head: str = ""
+
+    def add(self, other: "_Found") -> None:
+        """What was found for another network of the same model."""
+        self.arrays |= other.arrays
+        self.used |= other.used
+        self.folded += other.folded
+        self.head = self.head or other.head
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A network inside of a model.
+
+    Attributes:
+        module: the network.
+        prefix: of the paths of its variables.
+        is_whole: whether it is used to its end, rather than up to a tap.
+    """
+
+    module: nn.Module
+    prefix: str
+    is_whole: bool
 
 
 def _find(
@@ -220,27 +252,27 @@ def _share(
     found: _Found,
     file: Mapping[str, np.ndarray],
     shapes: Mapping[str, tuple[int, ...]],
-    backbone: nn.Module,
-    prefix: str,
+    family: type,
+    place: _Place,
 ) -> float:
-    """How much of the model the file has, or of the file the model: what is less."""
+    """How much of the network the file has, or of the file the network: what is less."""
     wanted = [
         path
         for path in shapes
-        if (name := _inside(path, prefix))
-        and not _is_head(path, prefix)
+        if (name := _inside(path, place.prefix))
+        and not _is_head(path, place.prefix)
         and "/attention/" not in name
     ]
-    given = [name for name in file if has_form(name, TABLES[type(backbone)])]
+    given = [name for name in file if has_form(name, TABLES[family])]
     have = sum(path in found.arrays for path in wanted) / max(len(wanted), 1)
-    if not given:  # under our own names, or under no known ones
+    if not given or not place.is_whole:  # under our own names, or under no known ones
         return have
     return min(have, sum(name in found.used for name in given) / len(given))
 
 
 def _misfit(
     path: str,
-    backbone: nn.Module,
+    family: type,
     found: _Found,
     file: Mapping[str, np.ndarray],
     shapes: Mapping[str, tuple[int, ...]],
@@ -249,12 +281,12 @@ def _misfit(
     best = _best_fit(file)
     advice = f"; the file fits {best} best" if best else ""
     if found.wrong_shapes:
-        head = f"{path} does not fit the model ({type(backbone).__name__}), given and expected"
+        head = f"{path} does not fit the model ({family.__name__}), given and expected"
         lines = _shortened(found.wrong_shapes, separator="\n  ")
         return f"{head}:\n  {lines}\n{len(found.wrong_shapes)} shapes differ{advice}"
     unused = sorted(name for name in file if name not in found.used)
     return (
-        f"{path} is of another network than the model ({type(backbone).__name__}): "
+        f"{path} is of another network than the model ({family.__name__}): "
         f"{len(found.arrays)} of the model's {len(shapes)} arrays are in the file, and "
         f"{len(unused)} of the file's {len(file)} have no place in the model"
         + (f" ({_shortened(unused[:3])}, ...)" if unused else "")
@@ -286,12 +318,18 @@ def _published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _summary(
-    path: str, found: _Found, missing: Sequence[str], file: Mapping[str, np.ndarray], prefix: str
+    path: str,
+    found: _Found,
+    missing: Sequence[str],
+    file: Mapping[str, np.ndarray],
+    prefixes: Sequence[str],
 ) -> str:
     """What was loaded, is new, and was not used."""
-    parts = collections.Counter(
-        name.partition("/")[2].removeprefix(prefix).partition("/")[0] for name in found.arrays
+    inside = (
+        next((short for prefix in prefixes if (short := _inside(name, prefix))), "inserted")
+        for name in found.arrays
     )
+    parts = collections.Counter(name.partition("/")[0] for name in inside)
     loaded = ", ".join(f"{part} {count}" for part, count in parts.items())
     folded = f" ({found.folded} batch norms are folded in the file)" if found.folded else ""
     new = [name for name in missing if name.partition("/")[0] in ("params", "batch_stats")]
@@ -325,12 +363,18 @@ def _without_prefixes(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return stripped
 
 
-def _backbone(model: nn.Module) -> tuple[nn.Module, str]:
-    """The network inside of inserts, and the path of its variables."""
-    prefix = ""
-    while isinstance(model, Insert):
-        model, prefix = model.backbone, f"{prefix}backbone/"
-    return model, prefix
+def _backbones(model: nn.Module, prefix: str = "", is_whole: bool = True) -> list[_Place]:
+    """The networks with known names inside of a model: itself, or its fields' own."""
+    if type(model) in TABLES:
+        return [_Place(model, prefix, is_whole)]
+    is_whole = is_whole and not isinstance(model, Features)
+    fields = ((field.name, getattr(model, field.name)) for field in dataclasses.fields(model))
+    return [
+        place
+        for name, value in fields
+        if isinstance(value, nn.Module) and name not in LINEN_FIELDS
+        for place in _backbones(value, f"{prefix}{name}/", is_whole)
+    ]
 
 
 def _image_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,22 +1,26 @@
 """From a config to the parts of a run."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from attnzoom_jax.data.auto_augment import POLICY_NAMES
+from attnzoom_jax.data.patches import extra_inputs, open_split
 from attnzoom_jax.data.pipeline import Resize, check_one_size, check_train_batch
-from attnzoom_jax.data.source import Source, open_source
+from attnzoom_jax.data.source import Source
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.models import create_model
 from attnzoom_jax.training.optimizer import create_optimizer
 from attnzoom_jax.training.schedule import create_schedule
 from attnzoom_jax.training.state import init_variables
 from attnzoom_jax.training.step import Recipe
+from attnzoom_jax.training.terms import create_terms, total_loss
 
 CACHES = ("host", "device")
 
@@ -48,11 +52,13 @@ class Experiment:
     eval_every: int
 
 
-def create_experiment(config: Any) -> Experiment:
+def create_experiment(config: Any, *, source: Source | None = None) -> Experiment:
     """Build the parts of a run; nothing is trained, no array is made.
 
     Args:
         config: a ConfigDict with the keys of configs/default.py.
+        source: training split; None opens the config's. Only its length, name, class names and
+            image shape are read here.
 
     Returns:
         The parts.
@@ -60,10 +66,12 @@ def create_experiment(config: Any) -> Experiment:
     Raises:
         ValueError: data set not prepared, unknown model, layer, path, optimiser, schedule or cache,
             a length given twice or not at all, a batch larger than the split, a metric that no
-            evaluation while training has.
+            evaluation while training has, a term of the loss that is unknown or reads a tap that
+            is not there.
     """
     _check_values(config)
-    source = open_source(config.data.name, split=config.data.train_split, data_dir=config.data.dir)
+    if source is None:
+        source = open_split(config.data, split=config.data.train_split)
     resize = Resize(config.data.resize, config.data.image_size)
     check_one_size(source, resize)
     image_shape = _image_shape(config, source)
@@ -75,15 +83,19 @@ def create_experiment(config: Any) -> Experiment:
     steps_per_epoch = len(source) / config.data.batch_size
     total_steps = _steps(config, "total", steps_per_epoch)
     schedule = create_schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    params = jax.eval_shape(lambda: init_variables(model, image_shape, 0))["params"]
+    variables = jax.eval_shape(lambda: init_variables(model, image_shape, 0))
+    recipe = _recipe(config)
+    _check_boxes(config)
+    shape = (config.data.batch_size, *image_shape)
+    _check_losses(recipe, model, variables, shape, source, has_boxes=bool(config.data.patches))
     return Experiment(
         source=source,
         resize=resize,
         image_shape=image_shape,
         model=model,
-        recipe=_recipe(config),
+        recipe=recipe,
         schedule=schedule,
-        optimizer=create_optimizer(config, params, schedule=schedule),
+        optimizer=create_optimizer(config, variables["params"], schedule=schedule),
         total_steps=total_steps,
         eval_every=min(_steps(config, "eval_every", steps_per_epoch), total_steps),
     )
@@ -143,12 +155,54 @@ def _check_evals(config: Any) -> None:
             )
 
 
+def _check_boxes(config: Any) -> None:
+    """Boxes come with the data exactly where the model takes them, and stay where they are."""
+    default = "boxes" if config.model.name == "two_stream" else None
+    patch_source = config.model.get("patch_source") or default
+    takes_boxes = patch_source == "boxes"
+    if takes_boxes != bool(config.data.patches):
+        raise ValueError(
+            f"data.patches is {config.data.patches!r} and model.patch_source is "
+            f"{patch_source!r}; a folder of boxes goes together with "
+            "patch_source=boxes of the model two_stream"
+        )
+    moving = ("crop_padding", "flip", "auto_augment", "mixup", "cutmix")
+    moved = [key for key in moving if config.augment[key]] if takes_boxes else []
+    if moved:
+        raise ValueError(
+            f"augment.{moved[0]} moves or mixes the images, and not the boxes of data.patches; "
+            "switch it off, or set model.patch_source to cam"
+        )
+
+
+def _check_losses(
+    recipe: Recipe,
+    model: nn.Module,
+    variables: Any,
+    shape: tuple[int, ...],
+    source: Source,
+    has_boxes: bool,
+) -> None:
+    """The taps that terms of the loss read must be there, with the shapes that they need."""
+    if not any(term.reads for term in recipe.losses.values()):
+        return
+
+    # Only a set with boxes is read, for how many there are.
+    example = extra_inputs(source[0]) if has_boxes else {}
+    inputs = {k: jax.ShapeDtypeStruct((shape[0], *v.shape), v.dtype) for k, v in example.items()}
+    loss = functools.partial(total_loss, recipe.losses, model, label_smoothing=0.0)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    targets = jax.ShapeDtypeStruct((shape[0], len(source.class_names)), jnp.float32)
+    jax.eval_shape(loss, variables, images, targets, inputs=inputs, key=jax.random.key(0))
+
+
 def _recipe(config: Any) -> Recipe:
     return Recipe(
         seed=config.seed,
         mean=config.data.mean,
         std=config.data.std,
         label_smoothing=config.label_smoothing,
+        losses=create_terms(config.losses.to_dict()),
         ema_decay=config.ema_decay,
         crop_size=config.data.crop_size or None,
         **config.augment.to_dict(),

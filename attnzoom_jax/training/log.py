@@ -10,7 +10,7 @@ import jax
 
 from attnzoom_jax.training.checkpoint import Checkpoints
 from attnzoom_jax.training.progress import Progress, format_duration
-from attnzoom_jax.training.step import NO_STEP, add_metrics, zero_metrics
+from attnzoom_jax.training.step import NO_STEP, add_metrics
 from attnzoom_jax.training.writer import MetricWriter
 
 
@@ -25,7 +25,7 @@ class TrainingLog:
 
     def __init__(self, writer: MetricWriter, progress: Progress, checkpoints: Checkpoints) -> None:
         self.writer, self.progress, self.checkpoints = writer, progress, checkpoints
-        self.sums = zero_metrics()
+        self.sums: Any = None
         self.pending: tuple[int, Any, Any] | None = None
         self.is_first = True
 
@@ -35,14 +35,14 @@ class TrainingLog:
             jax.block_until_ready(metrics)  # compilation is no part of the throughput
             self.progress.skip(step)
             self.is_first = False
-        self.sums = add_metrics(self.sums, metrics)
+        self.sums = metrics if self.sums is None else add_metrics(self.sums, metrics)
         self.flush()
         self.progress.show(step)
 
     def cut(self, step: int, learning_rate: Any) -> None:
         """End the line at `step`."""
         self.pending = (step, self.sums, learning_rate)
-        self.sums = zero_metrics()
+        self.sums = None
 
     def flush(self) -> None:
         """Write the line that ended last, if it is not written yet."""
@@ -53,7 +53,9 @@ class TrainingLog:
         sums = jax.device_get(sums)
         _stop_if_not_finite(sums, self.checkpoints)
         count = int(sums["steps"])
-        values = {f"train/{name}": float(sums[name]) / count for name in ("loss", "top1")}
+        terms = sorted(name for name in sums if name.startswith("loss/"))
+        names = ("loss", "top1", *terms)
+        values = {f"train/{name}": float(sums[name]) / count for name in names}
         line = f"loss {values['train/loss']:.4f}  top-1 {values['train/top1']:.3f}"
         values["train/grad_norm"] = float(sums["grad_norm"]) / count
         values["learning_rate"] = float(learning_rate)

@@ -1,7 +1,7 @@
 """One update of the parameters, a pure function of (state, batch), and several in one call."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +12,11 @@ import optax
 from jax.sharding import Mesh
 
 from attnzoom_jax.data import augment
-from attnzoom_jax.models.insert import train_argument
-from attnzoom_jax.training.losses import one_hot_targets, softmax_cross_entropy
+from attnzoom_jax.data.patches import extra_inputs
+from attnzoom_jax.training.losses import one_hot_targets
 from attnzoom_jax.training.sharding import replicated, split_by_example
 from attnzoom_jax.training.state import TrainState
+from attnzoom_jax.training.terms import CrossEntropy, Term, total_loss
 
 Metrics = dict[str, jax.Array]
 NO_STEP = np.iinfo(np.int32).max
@@ -36,6 +37,7 @@ class Recipe:
         mixup: alpha of mixup; 0 = off.
         cutmix: alpha of CutMix; 0 = off. With both on, each step takes one of them at random.
         label_smoothing: in [0, 1).
+        losses: {name: term of the loss}.
         ema_decay: of the averaged parameters; 0 = off.
     """
 
@@ -49,6 +51,9 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
+    losses: Mapping[str, Term] = dataclasses.field(
+        default_factory=lambda: {"cross_entropy": CrossEntropy()}
+    )
     ema_decay: float = 0.0
 
 
@@ -65,9 +70,10 @@ def make_train_step(
 
     Returns:
         A pure function (state, batch) -> (state, metrics) with the batch {"image": uint8
-        [n, h, w, c], "label": int [n]}. Metrics are summed over steps: `loss` and `top1` (means of
-        the batch), `grad_norm`, `steps` (1), and `bad_step`: the first step, counted from 1, whose
-        loss or update was not finite, else NO_STEP.
+        [n, h, w, c], "label": int [n]} and what `extra_inputs` knows. Metrics are summed over
+        steps: `loss` and `top1` (means of the batch), `loss/<name>` of each term where there are
+        several (means of the batch before the weight), `grad_norm`, `steps` (1), and `bad_step`:
+        the first step, counted from 1, whose loss or update was not finite, else NO_STEP.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -75,20 +81,19 @@ def make_train_step(
         augment_key, mix_key, dropout_key = jax.random.split(key, 3)
         images, targets = _prepare(batch, recipe, augment_key, mix_key, num_classes)
 
-        train: Any = train_argument(model, True)
-
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            logits, updates = model.apply(
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array, Any]]:
+            return total_loss(
+                recipe.losses,
+                model,
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
-                mutable=["batch_stats"],
-                rngs={"dropout": dropout_key},
-                **train,
+                targets,
+                inputs=extra_inputs(batch),
+                label_smoothing=recipe.label_smoothing,
+                key=dropout_key,
             )
-            loss = softmax_cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-            return loss.mean(), (logits, updates.get("batch_stats", {}))
 
-        grads, (loss, logits, batch_stats) = _with_value(loss_fn, state.params)
+        grads, (loss, parts, logits, batch_stats) = _with_value(loss_fn, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
@@ -102,6 +107,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "steps": jnp.ones((), jnp.int32),
             "bad_step": jnp.where(is_good, NO_STEP, state.step + 1),
+            **{name: parts[term] for name, term in _part_names(parts).items()},
         }
         state = TrainState(
             step=state.step + 1,
@@ -126,12 +132,13 @@ def jit_train_step(train_step: Any, mesh: Mesh) -> Any:
     )
 
 
-def jit_steps_on_device(train_step: Any, mesh: Mesh) -> Any:
+def jit_steps_on_device(train_step: Any, mesh: Mesh, *, losses: Iterable[str] = ()) -> Any:
     """Compile several train steps in one call, on a split that lies on the devices.
 
     Args:
         train_step: as `make_train_step` returns it.
         mesh: the split is replicated over it, each batch is split over it.
+        losses: names of the terms of the loss.
 
     Returns:
         A function (state, split, indices int32 [s, b], count) -> (state, metrics) that does the
@@ -147,7 +154,7 @@ def jit_steps_on_device(train_step: Any, mesh: Mesh) -> Any:
             state, new = train_step(state, batch)
             return state, add_metrics(metrics, new)
 
-        return jax.lax.fori_loop(0, count, one, (state, zero_metrics()))
+        return jax.lax.fori_loop(0, count, one, (state, zero_metrics(losses)))
 
     return jax.jit(
         run,
@@ -157,14 +164,15 @@ def jit_steps_on_device(train_step: Any, mesh: Mesh) -> Any:
     )
 
 
-def zero_metrics() -> Metrics:
-    """The metrics of no step."""
+def zero_metrics(losses: Iterable[str] = ()) -> Metrics:
+    """The metrics of no step, for a loss with terms of these names."""
     return {
         "loss": jnp.zeros(()),
         "top1": jnp.zeros(()),
         "grad_norm": jnp.zeros(()),
         "steps": jnp.zeros((), jnp.int32),
         "bad_step": jnp.full((), NO_STEP, jnp.int32),
+        **{name: jnp.zeros(()) for name in _part_names(losses)},
     }
 
 
@@ -172,6 +180,12 @@ def add_metrics(a: Metrics, b: Metrics) -> Metrics:
     """The metrics of the steps of both."""
     total = jax.tree.map(jnp.add, a, b)
     return {**total, "bad_step": jnp.minimum(a["bad_step"], b["bad_step"])}
+
+
+def _part_names(losses: Iterable[str]) -> dict[str, str]:
+    """{metric: term} of a loss with several terms; a single one is the loss."""
+    names = list(losses)
+    return {f"loss/{name}": name for name in names} if len(names) > 1 else {}
 
 
 def _prepare(
@@ -205,6 +219,6 @@ def _prepare(
     return images, targets
 
 
-def _with_value(loss_fn: Any, params: Any) -> tuple[Any, tuple[jax.Array, jax.Array, Any]]:
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return grads, (loss, logits, batch_stats)
+def _with_value(loss_fn: Any, params: Any) -> tuple[Any, tuple[jax.Array, Metrics, jax.Array, Any]]:
+    (loss, others), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return grads, (loss, *others)

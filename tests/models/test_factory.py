@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnzoom_jax.models.factory import MODEL_NAMES, create_model
+from attnzoom_jax.models.factory import MODEL_NAMES, WRAPPER_NAMES, create_model
 from attnzoom_jax.models.resnet import ResNet
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -46,10 +46,14 @@ PUBLISHED = {
     "mobilenet_v1": (1000, 4_231_976),
     "mobilenet_v2": (1000, 3_504_872),
     "convnext_tiny": (1000, 28_589_128),
+    # ResNet-50, and a number per channel for the attention and for the weights of the steps.
+    "recursive_zoom": (1000, 25_557_032 + 2 * 2048),
+    "two_stream": (200, 46_134_289),  # from the layers of the authors' code
 }
 
 
-NAMED = tuple(name for name in MODEL_NAMES if name != "resnet")  # `resnet` is free-form
+# `resnet` is free-form.
+NAMED = tuple(name for name in (*MODEL_NAMES, *WRAPPER_NAMES) if name != "resnet")
 
 
 @functools.cache

@@ -14,7 +14,10 @@ from attnzoom_jax.layers import CBAM, ECA, AttentionZoom, SqueezeExcite
 from attnzoom_jax.models import Insert, create_model, load_pretrained, pretrained
 from attnzoom_jax.models.convnext import ConvNeXt
 from attnzoom_jax.models.densenet import DenseNet
+from attnzoom_jax.models.features import Features
+from attnzoom_jax.models.recursive_zoom import RecursiveZoom
 from attnzoom_jax.models.resnet import ResNet
+from attnzoom_jax.models.two_stream import TwoStream, two_stream
 from attnzoom_jax.models.vgg import VGG
 from attnzoom_jax.models.weight_names import TABLES, weight_names
 from tests.attribution import imported_networks
@@ -588,7 +591,9 @@ def test_a_file_of_an_unknown_network_is_one_line(tmp_path):
 def test_a_model_without_a_table_and_a_bad_shape(tmp_path):
     model, _, state = resnet18_state()
     save(tmp_path / "w.safetensors", state)
-    with pytest.raises(ValueError, match="no names are known for SqueezeExcite"):
+    with pytest.raises(
+        ValueError, match=r"expected a network of one family .*, SqueezeExcite holds none"
+    ):
         load(SqueezeExcite(), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"image_shape=\(64, 64\): expected"):
         load(model, tmp_path / "w.safetensors", image_shape=(64, 64))
@@ -765,3 +770,51 @@ def test_published_mobilenet(name, size, model, options, capsys):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     other = jax.jit(model.clone(padding="torch").apply)(variables, images)
     assert np.abs(other - expected).max() > 0.1
+
+
+# ---- models around a network
+
+
+def small_vgg(*, num_classes=5):
+    return VGG(num_classes, stage_sizes=(1, 1, 1, 1, 2), width=8)
+
+
+def test_both_streams_begin_with_the_weights_of_the_network(tmp_path, capsys):
+    file = tmp_path / "vgg.npz"
+    given = flat(random_variables(small_vgg(), random_images(h=64, w=64)))
+    np.savez(file, **given)
+    options = {"hidden": 4, "steps": 2, "patch_size": 32, "add_on": 0, "patch_source": "whole"}
+    model = two_stream(small_vgg(num_classes=3), **options)
+    loaded = flat(load(model, file))
+    shared = flat(load(two_stream(small_vgg(num_classes=3), shared=True, **options), file))
+    assert not any("object_trunk" in path for path in shared)
+    trunks = ("params/global_trunk/backbone/", "params/object_trunk/backbone/")
+    convs = [path.removeprefix("params/") for path in given if "/stage" in path]
+    for prefix in trunks:
+        for name in convs:
+            np.testing.assert_array_equal(loaded[prefix + name], given[f"params/{name}"])
+    assert sorted(path for path in loaded if path.startswith(trunks)) == sorted(
+        prefix + name for prefix in trunks for name in convs
+    )
+    report = capsys.readouterr().out
+    assert counts(report)[0] == 2 * len(convs) and "object_head" in report
+
+
+def test_a_network_inside_of_a_recursion_gets_weights_and_its_own_head(tmp_path):
+    file = tmp_path / "resnet.npz"
+    backbone = ResNet(4, stem="small", block="basic", stage_sizes=(1, 1), width=4)
+    given = flat(random_variables(backbone, random_images(h=32, w=32)))
+    np.savez(file, **given)
+    loaded = flat(load(RecursiveZoom(backbone, steps=2, tap="stage2"), file))
+    for path, array in given.items():
+        collection, _, name = path.partition("/")
+        np.testing.assert_array_equal(loaded[f"{collection}/backbone/{name}"], array)
+
+
+def test_networks_of_two_families_are_refused(tmp_path):
+    file = tmp_path / "vgg.npz"
+    np.savez(file, **flat(random_variables(small_vgg(), random_images(h=64, w=64))))
+    resnet = ResNet(5, stem="small", block="basic", stage_sizes=(1, 1), width=4)
+    trunks = (Features(small_vgg(), "stage5"), Features(resnet, "stage2"))
+    with pytest.raises(ValueError, match=r"expected a network of one family .* ResNet, VGG"):
+        load(TwoStream(*trunks, 5, patch_source="whole"), file)
