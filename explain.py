@@ -150,6 +150,8 @@ def _pictures(
         name: np.asarray(ops_maps.resize(jnp.asarray(arrays[name], jnp.float32), (h, w)))
         for name in (*methods, *gates)
     }
+    # Saliency is a distribution: on the scale of a mask, from 0 to 1, it would be black.
+    shares = {gate: np.allclose(arrays[gate].sum((1, 2)), 1, atol=1e-3) for gate in gates}
     pictures = []
     for i, name in enumerate(examples.names):
         predicted, label = int(arrays["predicted"][i]), int(examples.labels[i])
@@ -159,7 +161,9 @@ def _pictures(
         cued = trained.class_names[int(arrays["targets"][i])]
         titles = {m: textwrap.fill(f"{m.replace('_', ' ')}: {cued}", 24) for m in methods}
         panels = [overlay.class_map_panel(titles[m], resized[m][i]) for m in methods]
-        panels += [overlay.mask_panel(f"mask {gate}", resized[gate][i]) for gate in gates]
+        for gate in gates:
+            panel = overlay.class_map_panel if shares[gate] else overlay.mask_panel
+            panels.append(panel(f"mask {gate}", resized[gate][i]))
         pictures.append(overlay.Explanation(name, title, examples.images[i], panels))
     return pictures
 

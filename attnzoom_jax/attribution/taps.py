@@ -70,7 +70,7 @@ def read_taps(
 
 
 def gate_taps(taps: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The taps that are attention masks with a spatial extent, `<path>/gate`, in order.
+    """The taps that are masks of places, `<path>/gate`, in order; those of channels are not.
 
     Args:
         taps: as `list_taps` returns them.
@@ -78,7 +78,8 @@ def gate_taps(taps: Mapping[str, tuple[int, ...]]) -> list[str]:
     Returns:
         Their names.
     """
-    return [name for name, shape in taps.items() if is_gate(name) and len(shape) == 4]
+    masks = {name: shape for name, shape in taps.items() if is_gate(name) and len(shape) == 4}
+    return [name for name, (_, h, w, _) in masks.items() if h * w > 1]
 
 
 def tap_depths(fn: Callable[..., Any], *args: Any) -> dict[str, int]:

@@ -4,7 +4,6 @@ Grad-CAM of the true class at a tap, its positive part resized to the image, aga
 the data set has. A map that ignores the image has the mask's share of its energy inside the mask.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -59,16 +58,15 @@ class Localize:
             inputs = {**extra_inputs(batch), **train_argument(model, False)}
             fn = bind(model, variables, **inputs)
             taps = attribution.list_taps(fn, images)
-            spatial = [name for name in attribution.gate_taps(taps) if _has_places(taps[name])]
             maps = attribution.grad_cam(
                 fn, images, batch["label"], tap=tap or attribution.default_tap(fn, images)
             )
-            _, masks = attribution.read_taps(fn, images, spatial)
+            _, masks = attribution.read_taps(fn, images, attribution.gate_taps(taps))
             crop = data.crop_size or None
             inside = {name: center_crop(batch[name], size=crop)[..., 0] for name in self.masks}
             values = _scores("", ops_maps.positive(maps), inside)
             for gate, mask in masks.items():
-                name = "gate_" + gate.removeprefix("inserted/").removesuffix("/gate") + "_"
+                name = "gate_" + gate.removeprefix("inserted/").replace("/gate", "") + "_"
                 values |= _scores(name.replace("/", "."), mask.mean(axis=-1), inside)
             sums = {name: jnp.where(batch["mask"] > 0, v, 0).sum() for name, v in values.items()}
             return {**sums, "count": batch["mask"].sum()}
@@ -105,11 +103,6 @@ class Localize:
             for name in [name for name in metrics if name.endswith(energy)]:
                 metrics[f"{name}_ratio"] = metrics[name] / share if share else 0.0
         return {f"{self.prefix}/{name}": metrics[name] for name in sorted(metrics)}
-
-
-def _has_places(shape: tuple[int, ...]) -> bool:
-    """Whether a gate is a mask of places, rather than of channels or steps."""
-    return len(shape) == 4 and math.prod(shape[1:3]) > 1
 
 
 def _scores(kind: str, maps: jax.Array, masks: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -191,7 +191,7 @@ def choose_attention(trained: TrainedModel, method: str, tap: str) -> tuple[str,
     """
     fn, shape = as_function(trained)
     taps = attribution.list_taps(fn, shape)
-    masks = [gate for gate in attribution.gate_taps(taps) if math.prod(taps[gate][1:3]) > 1]
+    masks = attribution.gate_taps(taps)
     if not method and not tap and masks:
         return "", masks[0]
     if not method and tap in masks:
