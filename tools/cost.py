@@ -61,7 +61,7 @@ from attnzoom_jax.training import sharding
 from attnzoom_jax.training.experiment import Experiment, create_experiment
 from attnzoom_jax.training.state import TrainState, create_state
 from attnzoom_jax.training.step import jit_train_step, make_train_step
-from attnzoom_jax.training.workdir import provenance, to_plain
+from attnzoom_jax.training.workdir import MACHINE_KEYS, provenance, to_plain
 from configs.attention_zoom import VARIANTS
 
 CONTROLS = {name: fields for name, fields in VARIANTS.items() if fields}
@@ -362,11 +362,12 @@ def main() -> None:
         )
     print(summary(rows, config.model.insert.to_dict()))
     if out:
+        overrides = to_plain(cli.config_overrides())
         report = {
             "tool": "cost",
             **provenance(),
             "model": to_plain(config.model),
-            "overrides": to_plain(cli.config_overrides()),
+            "overrides": {k: v for k, v in overrides.items() if k not in MACHINE_KEYS},
             "batch_size": given.batch_size,
             "image_shape": parts["base"].image_shape,
             "num_classes": len(source.class_names),

@@ -18,8 +18,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from attnzoom_jax.training.workdir import MACHINE_KEYS
+
 ROOT = pathlib.Path(__file__).parent.parent
-MACHINE_KEYS = ("compile_cache", "data.dir")
 TABLE = re.compile(r"(<!-- table (\S+) ([^>]*?) ?-->\n).*?(<!-- end -->)", re.DOTALL)
 
 

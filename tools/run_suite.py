@@ -20,9 +20,9 @@ from typing import Any
 
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.training.progress import format_duration
+from attnzoom_jax.training.workdir import MACHINE_KEYS
 
 ROOT = pathlib.Path(__file__).parent.parent
-MACHINE_FLAGS = ("data.dir", "compile_cache", "platform")
 
 
 def run_suite(
@@ -124,10 +124,11 @@ def main() -> int:
     )
     parser.add_argument("--suite", required=True, help="name of a file in configs/suites/")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the runs")
-    for key in MACHINE_FLAGS:
+    keys = (*MACHINE_KEYS, "platform")
+    for key in keys:
         parser.add_argument(f"--{key}", default="", help=f"config.{key} of every run")
     given = vars(parser.parse_args())
-    machine = {key: given[key] for key in MACHINE_FLAGS if given[key]}
+    machine = {key: given[key] for key in keys if given[key]}
     try:
         result = run_suite(given["suite"], given["workdir"], machine=machine)
     except (ValueError, OSError) as error:

@@ -18,6 +18,8 @@ import ml_collections
 # What may differ between a run and its continuation, because no number of the training depends on
 # it; so may the evaluations that do not run while training.
 FREE_KEYS = ("platform", "log_every_steps", "compile_cache", "data.dir", "data.num_threads")
+# Folders of the machine at hand, of no use to others: result files are without them.
+MACHINE_KEYS = ("compile_cache", "data.dir")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "attnzoom-jax")
 
 
