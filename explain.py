@@ -41,6 +41,7 @@ from attnzoom_jax.evaluation.maps import as_function, compute_maps, save_arrays
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
 from attnzoom_jax.evaluation.steps import draw_steps
 from attnzoom_jax.evaluation.warp import draw_warps
+from attnzoom_jax.models.taps import default_tap
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.workdir import Workdir
@@ -81,7 +82,7 @@ def explain(
     """
     fn, shape = as_function(trained)
     gates = attribution.gate_taps(attribution.list_taps(fn, shape))
-    tap = tap or attribution.default_tap(fn, shape)
+    tap = tap or default_tap(trained.model, fn, shape)
     places = {name: f"tap {tap!r}" if takes(name, "tap") else "the image" for name in methods}
     print("\n".join(f"{name} at {place}" for name, place in places.items()), flush=True)
     arrays = compute_maps(
@@ -114,7 +115,7 @@ def list_taps(trained: TrainedModel) -> str:
     Depth counts the convolutions and matrix products on the longest way from the images.
     """
     fn, shape = as_function(trained)
-    default = attribution.default_tap(fn, shape)
+    default = default_tap(trained.model, fn, shape)
     depths = attribution.tap_depths(fn, shape)
     rows = [("tap", "shape", "depth", "")]
     for name, tap_shape in attribution.list_taps(fn, shape).items():

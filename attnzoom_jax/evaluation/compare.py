@@ -34,6 +34,7 @@ from attnzoom_jax.evaluation.maps import (
 )
 from attnzoom_jax.evaluation.restore import TrainedModel
 from attnzoom_jax.metrics import localization
+from attnzoom_jax.models.taps import default_tap
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.viz import overlay, sheet
 
@@ -210,7 +211,7 @@ def draw_comparison(
         ValueError: as `compare`.
     """
     this, other = (
-        tap or attribution.default_tap(*as_function(run))
+        tap or default_tap(run.model, *as_function(run))
         for run, tap in zip(runs, taps, strict=True)
     )
     places = [f"tap {tap!r}" if takes(method, "tap") else "the image" for tap in (this, other)]

@@ -17,7 +17,7 @@ from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.evaluation.split import EvalSplit, Sums, to_input
 from attnzoom_jax.metrics import localization
 from attnzoom_jax.models.insert import train_argument
-from attnzoom_jax.models.taps import bind
+from attnzoom_jax.models.taps import bind, default_tap
 from attnzoom_jax.ops import maps as ops_maps
 
 SCORES = ("energy", "energy_ratio", "share", "pointing", "center")
@@ -59,7 +59,7 @@ class Localize:
             fn = bind(model, variables, **inputs)
             taps = attribution.list_taps(fn, images)
             maps = attribution.grad_cam(
-                fn, images, batch["label"], tap=tap or attribution.default_tap(fn, images)
+                fn, images, batch["label"], tap=tap or default_tap(model, fn, images)
             )
             _, masks = attribution.read_taps(fn, images, attribution.gate_taps(taps))
             crop = data.crop_size or None

@@ -24,6 +24,7 @@ from attnzoom_jax.evaluation.examples import Examples, target_ids
 from attnzoom_jax.evaluation.maps import Arrays, as_function, compute_maps, save_arrays
 from attnzoom_jax.evaluation.restore import TrainedModel
 from attnzoom_jax.layers.zoom_warp import ZoomWarp
+from attnzoom_jax.models.taps import default_tap
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.ops.warp import dense_grid
 from attnzoom_jax.viz import overlay, warp_grid
@@ -196,7 +197,7 @@ def choose_attention(trained: TrainedModel, method: str, tap: str) -> tuple[str,
         return "", masks[0]
     if not method and tap in masks:
         return "", tap
-    return method or "grad_cam", tap or attribution.default_tap(fn, shape)
+    return method or "grad_cam", tap or default_tap(trained.model, fn, shape)
 
 
 def _check_option(name: str, value: Any) -> None:

@@ -55,6 +55,12 @@ class Insert(nn.Module):
     backbone: nn.Module
     layers: Mapping[str, nn.Module]
 
+    @property
+    def default_tap(self) -> str:
+        """Where maps are taken if the backbone has a wish, see `models.taps.default_tap`."""
+        inner = getattr(self.backbone, "default_tap", "")
+        return inner and f"backbone/{inner}"
+
     @nn.compact
     def __call__(self, *args: Any, train: bool | None = None, **kwargs: Any) -> Any:
         """Run the backbone with its layers; arguments and result are the backbone's own.

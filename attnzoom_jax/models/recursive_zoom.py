@@ -108,6 +108,11 @@ class RecursiveZoom(nn.Module):
                 )
         super().__post_init__()
 
+    @property
+    def default_tap(self) -> str:
+        """The features of the first look: those of later ones lie in their views."""
+        return f"backbone/{self.tap}"
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Classifies a batch of images.

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from attnzoom_jax import attribution
 from attnzoom_jax.layers.gate import Gate
 
 Visit = Callable[[str, jax.Array, nn.Module], Any]
@@ -92,6 +93,21 @@ def bind(model: nn.Module, variables: Any, **call_kwargs: Any) -> Callable[..., 
             return model.apply(variables, *args, **call_kwargs)
 
     return fn
+
+
+def default_tap(model: nn.Module, fn: Callable[..., Any], images: Any) -> str:
+    """Where a map of a model is taken if nobody says: a tap whose places are those of the images.
+
+    Args:
+        model: one with an attribute `default_tap` names it itself, because its last tap lies in a
+            patch or in a view; "" and all other models leave it to `attribution.default_tap`.
+        fn: the model, bound.
+        images: [n, h, w, c], or their shape.
+
+    Returns:
+        The name of the tap.
+    """
+    return getattr(model, "default_tap", "") or attribution.default_tap(fn, images)
 
 
 def _is_inside_nn_jit() -> bool:

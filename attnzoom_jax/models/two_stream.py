@@ -130,6 +130,11 @@ class TwoStream(nn.Module):
                 raise ValueError(f"{field}={value}: expected an integer of at least {least}")
         super().__post_init__()
 
+    @property
+    def default_tap(self) -> str:
+        """The last features of the whole image: those of the object stream lie in its patch."""
+        return "add_on/relu2" if self.add_on else "global_trunk"
+
     @nn.compact
     def __call__(
         self, images: jax.Array, *, boxes: jax.Array | None = None, train: bool = False

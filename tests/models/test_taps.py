@@ -7,6 +7,10 @@ import pytest
 from attnzoom_jax.attribution import list_taps, read_taps
 from attnzoom_jax.layers import AttentionZoom
 from attnzoom_jax.models import Insert, bind
+from attnzoom_jax.models.recursive_zoom import RecursiveZoom
+from attnzoom_jax.models.resnet import ResNet
+from attnzoom_jax.models.taps import default_tap
+from attnzoom_jax.models.two_stream import two_stream
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
 
@@ -123,3 +127,19 @@ def test_a_mask_is_one_tap_below_its_layer():
     assert taps["backbone/pair/conv/before"] == (2, 8, 8, 4)
     assert taps["backbone/pair/conv"] == (2, 16, 16, 4)
     assert not [name for name in taps if name.endswith("#1") and "gate" in name]
+
+
+def test_maps_of_models_with_views_are_taken_in_the_images_by_default():
+    backbone = ResNet(3, stem="small", block="basic", stage_sizes=(1, 1), width=4)
+    options = {"hidden": 4, "steps": 2, "patch_size": 8, "patch_source": "whole"}
+    images = jnp.zeros((1, 16, 16, 3))
+    for model, expected in (
+        (backbone, "stage2"),
+        (RecursiveZoom(backbone, steps=2, tap="stage2"), "backbone/stage2"),
+        (two_stream(backbone, add_on=0, **options), "global_trunk"),
+        (Insert(two_stream(backbone, add_on=3, **options), {}), "backbone/add_on/relu2"),
+    ):
+        variables = model.init(jax.random.key(0), images)
+        fn = bind(model, variables, train=False)
+        tap = default_tap(model, fn, images)
+        assert tap == expected and tap in list_taps(fn, images)
