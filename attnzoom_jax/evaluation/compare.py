@@ -22,7 +22,6 @@ import cv2
 import jax.numpy as jnp
 import numpy as np
 
-from attnzoom_jax import attribution
 from attnzoom_jax.attribution.methods import takes
 from attnzoom_jax.evaluation.examples import Examples, join, target_ids
 from attnzoom_jax.evaluation.maps import (
