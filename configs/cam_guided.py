@@ -23,8 +23,8 @@ the maximum, two norms, a hidden layer of 512) is not ours: the backbone keeps i
 Theirs chose the epoch by the test set; here a tenth of the training set chooses.
 
 Hardware and time: one GPU for the photographs, not yet timed by us; fine_shapes on two CPU cores,
-minutes. Expected: that table says 87.61 % for cub200 with resnet50 (86.5 % without the layer); see
-docs/reproduce.md for fine_shapes; we have run no photographs.
+minutes. Expected: that table says 87.61 % for cub200 with resnet50 (86.5 % without the layer); we
+have run no photographs. configs/suites/fine_grained.py compares on fine_shapes.
 `:tiny`, also after the choices, runs in seconds, offline.
 """
 

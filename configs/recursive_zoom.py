@@ -10,7 +10,7 @@ looks. The method is ours (models/recursive_zoom.py), the recipe that of fine-tu
 448 pixels: SGD with 0.01 for what is new and a tenth of it for the backbone, cosine, 50 epochs.
 
 Hardware and time: one GPU for the photographs, not yet timed by us; fine_shapes on two CPU cores,
-minutes. Expected: see docs/reproduce.md for fine_shapes; we have run no photographs.
+minutes. Expected: not known yet; configs/suites/fine_grained.py compares on fine_shapes.
 `:tiny`, also after the choices, runs in seconds, offline.
 """
 

@@ -21,8 +21,8 @@ Columns, each with its ratio to `base`; all but the first and the last per image
 The programs are the real ones, those of train.py with one step per call, on one device. FLOPs are
 XLA's count of what it compiled: a multiply-add is two, taps in the padding are none. So they depend
 on the device: on a CPU the gradient of a depthwise kernel is computed, and counted, as that of a
-full one, and the training step of a MobileNet is far above three forward passes. Only the random
-numbers of the augmentation come from loops, whose bodies count once.
+full one, and the training step of a MobileNet is far above three forward passes. The body of a loop
+counts once: the random numbers of the augmentation, and on a CPU a ZoomWarp, come from loops.
 
 Gradients, update and much of the work space do not grow with the batch. Where it is small they hide
 what the layer multiplies: to know the memory and the time of a run, give its batch as --batch_size.

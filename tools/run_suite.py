@@ -3,9 +3,10 @@
     python tools/run_suite.py --suite=attention_zoom_small --workdir=runs/attention_zoom_small
 
 A suite is a file in configs/suites/. Each run has its own folder, WORKDIR/<run>_seed<seed>, on
-which eval.py and explain.py work. The same command goes on where it was stopped: finished runs are
-not repeated, an unfinished one resumes from its checkpoint. results/<suite>.json holds every run
-that is done, after each of them; `python tools/make_tables.py` makes the tables.
+which eval.py and explain.py work. The same command goes on where it was stopped: train.py resumes
+what is unfinished, has nothing to do where a run is done, and refuses a folder of another config.
+results/<suite>.json holds every run that is done, after each of them; `python tools/make_tables.py`
+makes the tables.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.training.progress import format_duration
-from attnzoom_jax.training.workdir import MACHINE_KEYS
+from attnzoom_jax.training.workdir import MACHINE_KEYS, to_plain
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -53,9 +54,11 @@ def run_suite(
     result = results / f"{name}.json"
     for position, (seed, run) in enumerate(todo, start=1):
         folder = workdir / f"{run}_seed{seed}"
-        if not (folder / "eval.json").exists():
-            print(f"[{position}/{len(todo)}] {run}, seed {seed}: {folder}", flush=True)
-            _train_and_evaluate(suite, run, seed, folder, machine or {})
+        print(f"[{position}/{len(todo)}] {run}, seed {seed}: {folder}", flush=True)
+        train, evaluate = commands(suite, run, seed, folder.resolve(), machine or {})
+        _call(train)
+        if not _is_evaluated(folder, suite, seed):
+            _call(evaluate)
             done_here += 1
             left = (time.monotonic() - began) / done_here * (len(todo) - position)
             print(f"[{position}/{len(todo)}] done, about {format_duration(left)} left", flush=True)
@@ -82,18 +85,22 @@ def commands(
     return [train, ["eval.py", f"--workdir={folder}"]]
 
 
-def _train_and_evaluate(
-    suite: dict[str, Any], run: str, seed: int, folder: pathlib.Path, machine: dict[str, str]
-) -> None:
+def _call(command: list[str]) -> None:
     # A process per run: what one of them leaves in memory does not reach the next.
-    for command in commands(suite, run, seed, folder.resolve(), machine):
-        code = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        ).returncode
-        if code:
-            raise ValueError(f"exit code {code} of: python {' '.join(command)}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode
+    if code:
+        raise ValueError(f"exit code {code} of: python {' '.join(command)}")
+
+
+def _is_evaluated(folder: pathlib.Path, suite: dict[str, Any], seed: int) -> bool:
+    """Whether eval.json is of the finished run, and of what the suite asks for."""
+    file = folder / "eval.json"
+    if not file.exists() or file.stat().st_mtime < (folder / "run.json").stat().st_mtime:
+        return False
+    found = json.loads(file.read_text())["overrides"]
+    given = {key: value for key, value in found.items() if key not in (*MACHINE_KEYS, "platform")}
+    return given == to_plain({**suite["overrides"], "seed": seed})
 
 
 def _write(

@@ -36,6 +36,7 @@ OPTIONS = (
 )
 # A mask or a positive map, on its own scale: the largest value weighs 20 times as much as zero.
 DEFAULTS = {"weighting": "power", "floor": 0.05}
+MOST = 16.0  # magnification that is told apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +113,11 @@ def magnification(grid: np.ndarray) -> np.ndarray:
 
     Returns:
         float32 [n, height, width]: 1 / sqrt(det(d grid / d output)), by differences of
-        neighbours; 1 for the identity, 2 where an area of the input takes four times its size.
+        neighbours; 1 for the identity, 2 where an area of the input takes four times its size. At
+        most MOST, also where the grid is folded.
     """
     (yy, yx), (xy, xx) = (np.gradient(grid[..., i], axis=(1, 2)) for i in (0, 1))
-    area = np.maximum(yy * xx - yx * xy, 1e-12)
+    area = np.maximum(yy * xx - yx * xy, MOST**-2)
     return (1 / np.sqrt(area)).astype(np.float32)
 
 

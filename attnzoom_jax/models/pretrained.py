@@ -102,6 +102,12 @@ def load_pretrained(
         here = _find(file, shapes, family, place.prefix)
         if here.wrong_shapes or _share(here, file, shapes, family, place) < LEAST_SHARE:
             raise ValueError(_misfit(path, family, here, file, shapes))
+        lacking = [name for name in _wanted(shapes, place) if name not in here.arrays]
+        if lacking:
+            raise ValueError(
+                f"{path} lacks {len(lacking)} arrays of the network ({family.__name__}): "
+                f"{_shortened(lacking)}; is the file complete?"
+            )
         found.add(here)
 
     missing = [name for name in shapes if name not in found.arrays]
@@ -256,18 +262,23 @@ def _share(
     place: _Place,
 ) -> float:
     """How much of the network the file has, or of the file the network: what is less."""
-    wanted = [
+    wanted = _wanted(shapes, place)
+    given = [name for name in file if has_form(name, TABLES[family])]
+    have = sum(path in found.arrays for path in wanted) / max(len(wanted), 1)
+    if not given or not place.is_whole:  # under our own names, or under no known ones
+        return have
+    return min(have, sum(name in found.used for name in given) / len(given))
+
+
+def _wanted(shapes: Mapping[str, tuple[int, ...]], place: _Place) -> list[str]:
+    """The arrays of a network that a file must have: all but head and attention in its blocks."""
+    return [
         path
         for path in shapes
         if (name := _inside(path, place.prefix))
         and not _is_head(path, place.prefix)
         and "/attention/" not in name
     ]
-    given = [name for name in file if has_form(name, TABLES[family])]
-    have = sum(path in found.arrays for path in wanted) / max(len(wanted), 1)
-    if not given or not place.is_whole:  # under our own names, or under no known ones
-        return have
-    return min(have, sum(name in found.used for name in given) / len(given))
 
 
 def _misfit(
@@ -358,6 +369,11 @@ def _without_prefixes(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     for name, array in arrays.items():
         while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
             name = name.removeprefix(prefix)
+        if name in stripped:
+            raise ValueError(
+                f"the file has {name!r} under several prefixes; it holds more than one network, "
+                "save the one that you mean alone"
+            )
         if name.rpartition(".")[2] not in IGNORED:
             stripped[name] = array
     return stripped

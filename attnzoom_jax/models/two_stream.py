@@ -78,7 +78,8 @@ class TwoStream(nn.Module):
     For 200 classes the authors' pair of VGG-19 has 46,134,289.
 
     Chance comes from the rng stream "patches", else "dropout", else from a fixed key: evaluation
-    without rngs is the same every time, and training needs one of the two.
+    without rngs is the same every time for the same batches (what is drawn goes by the place in the
+    batch, so another batch size draws otherwise), and training needs one of the two.
 
     Attributes:
         global_trunk: any linen module, images [n, h, w, c] to features [n, h', w', c'].

@@ -150,28 +150,6 @@ def crop_boxes(images: jax.Array, boxes: jax.Array | np.ndarray, size: Size) -> 
     return sample(images, (y, x))
 
 
-def from_patch_array(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes and labels from the arrays that the authors of "Focus Longer to See Better" publish.
-
-    Args:
-        patches: [..., 5] with [y0, y1, x0, x1, label] in pixels of the image squashed to 448 x 448,
-            half-open; theirs is float64 [n, 10, 5].
-
-    Returns:
-        int32 boxes [..., 4] and int32 labels [...].
-
-    Raises:
-        ValueError: another shape, or a box without a pixel, as in the order [y0, x0, y1, x1].
-    """
-    patches = np.asarray(patches)
-    if patches.ndim < 1 or patches.shape[-1] != 5:
-        raise ValueError(f"patches of shape {patches.shape}; expected [..., 5]")
-    y0, y1, x0, x1, label = np.moveaxis(patches.astype(np.int32), -1, 0)
-    if (y0 >= y1).any() or (x0 >= x1).any():
-        raise ValueError("patches hold boxes without a pixel; expected [y0, y1, x0, x1, label]")
-    return np.stack([y0, x0, y1, x1], axis=-1), label
-
-
 def _spread(lengths: jax.Array, size: int) -> jax.Array:
     """Lengths [n, 1] to `size` places from 0 to each of them, [n, size]; one lies in the middle."""
     # Multiplied first: whole places stay whole numbers.

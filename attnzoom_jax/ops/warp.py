@@ -187,7 +187,7 @@ def separable_grid(
     _check("max_zoom", max_zoom, is_bound, "a number above 1, or None; try 4.0")
     image_size = _check_sizes(size, image_size)
     attention = attention.astype(_at_least_float32(attention))
-    reduce = jnp.max if marginal == "max" else jnp.sum
+    reduce = first_max if marginal == "max" else jnp.sum
     y, x = (
         _inverse_distribution(reduce(attention, axis=other), pixels, length, strength, max_zoom)
         for other, pixels, length in zip((2, 1), size, image_size, strict=True)

@@ -170,16 +170,19 @@ def check_metric(config: Any) -> None:
     """Raise a ValueError where config.best_metric is nothing that a search may look at."""
     if not config.best_metric:
         raise ValueError("config.best_metric is empty; name what the search is to better")
-    prefix = config.best_metric.rpartition("/")[0]
-    splits: dict[str, set[str]] = {}
+    bases: dict[str, set[str]] = {}  # {prefix: splits, whatever their slices}
     for part in config.evals.values():
-        splits.setdefault(part.get("prefix") or part.split, set()).add(part.split)
-    tests = {split for name in splits if name.startswith("test") for split in splits[name]}
-    if prefix.startswith("test") or splits.get(prefix, set()) & tests:
-        raise ValueError(
-            f"config.best_metric={config.best_metric!r} is of the test set, which a search must "
-            "not see; take a metric of a validation split, as validation/top1"
-        )
+        found = {name.partition("[")[0].strip() for name in part.split.split("+")}
+        bases.setdefault(part.get("prefix") or part.split, set()).update(found)
+    tests = {"test"}.union(*(bases[name] for name in bases if name.startswith("test")))
+    watched = {"best_metric": config.best_metric, "schedule.metric": config.schedule.get("metric")}
+    for key, metric in watched.items():
+        prefix = (metric or "").rpartition("/")[0]
+        if prefix.startswith("test") or bases.get(prefix, set()) & tests:
+            raise ValueError(
+                f"config.{key}={metric!r} is of the test set, which a search must not see; take a "
+                "metric of a validation split, as validation/top1"
+            )
 
 
 def best_value(folder: pathlib.Path, metric: str, mode: str) -> float | None:

@@ -198,7 +198,8 @@ class Guidance(Term):
     0. The gradient flows into what makes the mask, and nowhere else.
 
     Attributes:
-        mask: tap [n, h, w, c] or [n, h, w], such as `inserted/stage2/gate`.
+        mask: tap [n, h, w, c], such as `inserted/stage2/gate`. Its places must be those of the
+            map: a map of a patch or of a zoomed view says nothing of a mask of the image.
         method: name of an attribution method, from attribution/methods.py.
         tap: where the map is taken; "" for a method that looks at the image.
         target: the class that is explained, "predicted" or "label" (under mixup, its weights).
@@ -353,12 +354,12 @@ def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 def _spatial(tap: str, value: jax.Array, n: int) -> jax.Array:
     """A tap as maps [n, h, w], the mean over its channels; raises where it has no extent."""
-    if value.ndim not in (3, 4) or len(value) != n or value.shape[1] * value.shape[2] == 1:
+    if value.ndim != 4 or len(value) != n or value.shape[1] * value.shape[2] == 1:
         raise ValueError(
             f"guidance: tap {tap!r} has the shape {list(value.shape)}; expected [n, h, w, c] with "
             f"n = {n} and more than one position"
         )
-    return value if value.ndim == 3 else value.mean(axis=-1)
+    return value.mean(axis=-1)
 
 
 def _distance(mask: jax.Array, guide: jax.Array, distance: str) -> jax.Array:

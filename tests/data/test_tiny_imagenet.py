@@ -127,3 +127,11 @@ def test_the_published_validation_split(tmp_path):
     images = open_source("tiny_imagenet", split="validation[:500]", data_dir=str(tmp_path))
     shapes = {example["image"].shape for example in images.examples}
     assert shapes == {(64, 64, 3)}  # though 168 of the 10,000 files are grey
+
+
+@pytest.mark.parametrize("box", ["50 50 10 10", "0 0 64 5", "-1 0 3 5"])
+def test_a_box_that_is_none_is_named(folder, box):
+    lines = [f"val_{i}.JPEG {WNIDS[0]} {box}".replace(" ", "\t") for i in range(4)]
+    write(folder / "val" / "val_annotations.txt", lines)
+    with pytest.raises(ValueError, match=r"the box of val/images/val_0\.JPEG is x0, y0, x1, y1 = "):
+        scan(folder)

@@ -818,3 +818,19 @@ def test_networks_of_two_families_are_refused(tmp_path):
     trunks = (Features(small_vgg(), "stage5"), Features(resnet, "stage2"))
     with pytest.raises(ValueError, match=r"expected a network of one family .* ResNet, VGG"):
         load(TwoStream(*trunks, 5, patch_source="whole"), file)
+
+
+def test_a_file_that_lacks_a_block_is_refused(tmp_path):
+    model, _, state = resnet18_state()
+    whole = {name: array for name, array in state.items() if not name.startswith("layer4.1.")}
+    save(tmp_path / "w.safetensors", whole)
+    with pytest.raises(ValueError, match=r"lacks \d+ arrays of the network \(ResNet\): .*stage4"):
+        load(model, tmp_path / "w.safetensors")
+
+
+def test_a_file_of_two_networks_is_refused(tmp_path):
+    model, _, state = resnet18_state()
+    both = {f"{prefix}{name}": a for prefix in ("model.", "module.") for name, a in state.items()}
+    save(tmp_path / "w.safetensors", both)
+    with pytest.raises(ValueError, match="under several prefixes; it holds more than one network"):
+        load(model, tmp_path / "w.safetensors")

@@ -5,7 +5,6 @@ import pytest
 
 from attnzoom_jax.ops.patches import (
     crop_boxes,
-    from_patch_array,
     percentile_boxes,
     random_boxes,
 )
@@ -188,20 +187,3 @@ def test_random_boxes_of_one_area_and_of_one_pixel():
 def test_bad_ranges(fields, message):
     with pytest.raises(ValueError, match=message):
         random_boxes(jax.random.key(0), 2, **{"image_size": (8, 8), **fields})
-
-
-def test_published_layout():
-    patches = np.array([[[1.0, 5, 2, 9, 7], [0, 448, 3, 4, 7]]])
-    boxes, labels = from_patch_array(patches)
-    np.testing.assert_array_equal(boxes, [[[1, 2, 5, 9], [0, 3, 448, 4]]])
-    np.testing.assert_array_equal(labels, [[7, 7]])
-    assert boxes.dtype == labels.dtype == np.int32
-
-
-@pytest.mark.parametrize(
-    ("patches", "message"),
-    [(np.zeros((2, 4)), r"shape \(2, 4\)"), ([[5, 1, 2, 9, 0]], "without a pixel")],
-)
-def test_other_layouts(patches, message):
-    with pytest.raises(ValueError, match=message):
-        from_patch_array(np.asarray(patches))

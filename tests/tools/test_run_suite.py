@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import pathlib
 
 import pytest
@@ -38,14 +39,21 @@ def suite(monkeypatch):
     monkeypatch.setattr(run_suite, "load_suite", lambda name: suite)
     called = []
 
-    def programme(suite, run, seed, folder, machine):
-        called.append((run, seed))
-        folder.mkdir(parents=True)
-        metrics = {"metrics": {"test/top1": seed / 10}, **FACTS}
-        (folder / "run.json").write_text(json.dumps({"duration_s": 2.0}))
+    def programme(command):
+        options = dict(word.split("=", 1) for word in command[1:])
+        folder = pathlib.Path(options["--workdir"])
+        if command[0] == "train.py":
+            if not (folder / "run.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "run.json").write_text(json.dumps({"duration_s": 2.0}))
+            return
+        run, seed = folder.name.split("_seed")
+        called.append((run, int(seed)))
+        metrics = {"metrics": {"test/top1": int(seed) / 10}, **FACTS}
+        metrics["overrides"] = {"a.b": 1.5, "seed": int(seed), "data.dir": "/here"}
         (folder / "eval.json").write_text(json.dumps(metrics))
 
-    monkeypatch.setattr(run_suite, "_train_and_evaluate", programme)
+    monkeypatch.setattr(run_suite, "_call", programme)
     return called
 
 
@@ -54,10 +62,12 @@ def test_goes_on_where_it_stopped_and_writes_every_run(suite, tmp_path):
     run_suite.run_suite("s", tmp_path / "runs", **places)
     assert suite == [("base", 0), ("zoom", 0), ("base", 7), ("zoom", 7)]
     (tmp_path / "runs" / "zoom_seed0" / "eval.json").unlink()
-    (tmp_path / "runs" / "zoom_seed0" / "run.json").unlink()
-    (tmp_path / "runs" / "zoom_seed0").rmdir()
+    # Evaluated before the training went on, and evaluated with other settings.
+    os.utime(tmp_path / "runs" / "base_seed7" / "eval.json", (0, 0))
+    other = tmp_path / "runs" / "zoom_seed7" / "eval.json"
+    other.write_text(other.read_text().replace("1.5", "1.25"))
     result = run_suite.run_suite("s", tmp_path / "runs", **places)
-    assert suite[4:] == [("zoom", 0)]
+    assert suite[4:] == [("zoom", 0), ("base", 7), ("zoom", 7)]
     runs = json.loads(result.read_text())["runs"]
     assert [(r["run"], r["seed"], r["metrics"]["test/top1"]) for r in runs] == [
         ("base", 0, 0.0),
@@ -76,6 +86,6 @@ def test_commands_are_what_a_person_would_type(tmp_path):
 
 
 def test_a_failed_run_names_its_command(tmp_path):
-    suite = {"runs": {"zoom": "configs/none.py"}, "overrides": {}}
+    command = ["train.py", "--config=configs/none.py", f"--workdir={tmp_path}"]
     with pytest.raises(ValueError, match=r"exit code \d+ of: python train.py --config=configs/n"):
-        run_suite._train_and_evaluate(suite, "zoom", 0, tmp_path, {})
+        run_suite._call(command)

@@ -130,6 +130,19 @@ VALIDATION = {"split": "train[98%:]", "prefix": "validation"}
     ("metric", "evals", "message"),
     [
         ("test/top1", {"test": {"split": "test"}}, "'test/top1' is of the test set"),
+        (
+            "validation/top1",
+            {"a": {"split": "train[:2%]+test[:9]", "prefix": "validation"}},
+            "of the test set",
+        ),
+        (
+            "held_out/top1",
+            {
+                "a": {"split": "validation[:50%]", "prefix": "held_out"},
+                "b": {"split": "validation", "prefix": "test"},
+            },
+            "of the test set",
+        ),
         ("test_robust/top1", {}, "of the test set"),
         # Tiny ImageNet's test set is its validation split.
         ("test/top1", {"a": {"split": "validation", "prefix": "test"}}, "of the test set"),

@@ -378,7 +378,8 @@ def test_guidance_is_the_distance_of_shares(method, target, distance):
 def test_the_map_is_brought_to_the_grid_of_the_mask():
     mask = np.random.default_rng(6).uniform(size=(4, 6, 8))
     guide = np.maximum(FEATURES @ HEAD[:, 1], 0).repeat(2, axis=1).repeat(2, axis=2)
-    found = guidance(target="label")(pass_with(jnp.float32(mask), targets=(1, 1, 1, 1)))
+    given = pass_with(jnp.float32(mask)[..., None], targets=(1, 1, 1, 1))
+    found = guidance(target="label")(given)
     blurred = jax.image.resize(jnp.float32(guide[:, ::2, ::2]), mask.shape, "linear")
     for n in range(4):
         expected = slow_distance(mask[n], np.float64(blurred[n]), "kl")
@@ -603,6 +604,11 @@ def config(**changes) -> Any:
 
 CHANNEL = {"name": "channel_guidance", "layer": "inserted/stage1"}
 MAP = {"name": "guidance", "mask": "inserted/stage1/gate", "tap": "backbone/stage1"}
+
+
+def test_states_of_steps_are_no_mask():
+    with pytest.raises(ValueError, match=r"shape \[4, 6, 8\]; expected \[n, h, w, c\]"):
+        guidance(target="label")(pass_with(jnp.ones((4, 6, 8))))
 
 
 @pytest.mark.parametrize(

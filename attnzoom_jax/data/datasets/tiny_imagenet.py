@@ -40,6 +40,12 @@ def scan(archive: Archive) -> Contents:
     notes = []
 
     def add(split: str, file_name: str, wnid: str, box: tuple[int, int, int, int]) -> None:
+        x0, y0, x1, y1 = box
+        if not (0 <= x0 <= x1 < SIZE and 0 <= y0 <= y1 < SIZE):
+            raise ValueError(
+                f"{archive.path}: the box of {file_name} is x0, y0, x1, y1 = {x0}, {y0}, {x1}, "
+                f"{y1}; expected 0 <= x0 <= x1 < {SIZE}, and y likewise"
+            )
         splits.setdefault(split, {})[root + file_name] = {
             "file_name": file_name,
             "label": labels[wnid],
