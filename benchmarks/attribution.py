@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from zoom import machine
+from timing import machine
 
 from attnzoom_jax.attribution.cam import grad_cam
 from attnzoom_jax.attribution.excitation import (

@@ -25,20 +25,18 @@ import json
 import os
 import pathlib
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from zoom import machine
+from timing import compiled, machine, take_turns
 
 from attnzoom_jax.ops.warp import dense_grid, saliency_grid, sample, separable_grid
 
 SHAPES = ((32, 64, 64, 64), (64, 64, 64, 3), (256, 32, 32, 16))
 IMPLS = {"dense": ("gather", "loop"), "separable": ("gather", "loop", "matmul")}
-PAUSE_S = 0.05  # threads of the call before look for work a while before they sleep
 
 
 def forward(impl: str) -> Callable[..., Any]:
@@ -54,16 +52,6 @@ def forward_backward(impl: str) -> Callable[..., Any]:
         return out, pull(cotangent)
 
     return run
-
-
-def compiled(function: Callable[..., Any], arguments: tuple) -> tuple[Callable[[], Any], dict]:
-    """A call without arguments, and what compiling it took."""
-    start = time.perf_counter()
-    run = jax.jit(function).lower(*arguments).compile()
-    compile_s = time.perf_counter() - start
-    temporary = run.memory_analysis().temp_size_in_bytes / 2**20
-    facts = {"compile_s": round(compile_s, 3), "temporary_mb": round(temporary, 1)}
-    return lambda: jax.block_until_ready(run(*arguments)), facts
 
 
 def torch_calls(images, grid, cotangent, *, threads: int) -> dict[str, dict[str, Callable]]:
@@ -121,23 +109,6 @@ def check_torch(ours: Any, theirs: Any, grid: Any, size: tuple[int, int]) -> Non
         difference = float(jnp.abs(found - wanted).max() / (jnp.abs(wanted).max() + 1e-6))
         if not difference < 1e-3:
             raise SystemExit(f"torch and sample differ by {difference} of the largest value")
-
-
-def take_turns(calls: Mapping[str, Callable], *, seconds: float) -> dict[str, list[float]]:
-    """Times of each call, in rounds of one call each: 5 to 30 within `seconds`."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 5 or (rounds < 30 and time.perf_counter() < end):
-        for name, call in calls.items():
-            time.sleep(PAUSE_S)
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
-    return times
 
 
 def median_ms(times: list[float]) -> float:

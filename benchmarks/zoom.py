@@ -1,26 +1,31 @@
-"""Times the zoom of AttentionZoom: the package's polyphase sum against a convolution with dilation.
+"""Times the zoom of AttentionZoom: the package's polyphase sum, a dilated convolution, and torch.
 
     python benchmarks/zoom.py                                  # 1.5 minutes on two CPU cores
     python benchmarks/zoom.py --out=results/bench/zoom.json    # and write what was measured
 
-Both forms compute the same (checked before timing): factor 2, 3x3 kernel, depthwise and full.
-Forward is one call; forward+backward returns the output and the gradients of input and kernel.
-The two forms take turns, so that a busy machine slows both; times are medians and the fastest,
-after a warm-up call, with compilation apart. The package uses the polyphase sum; where the last
-column falls below 1 on some device, dilation is the better form there.
+All compute the same (checked before timing): factor 2, 3x3 kernel, depthwise and full. Forward is
+one call; forward+backward returns the output and the gradients of input and kernel. The forms take
+turns, so that a busy machine slows all; times are medians and the fastest, after a warm-up call,
+with compilation apart. The package uses the polyphase sum; where the ratio to dilation falls below
+1 on some device, dilation is the better form there. Where torch is installed, its transposed
+convolution joins in, on the CPU only, eager, in channels_last memory, on as many threads.
 """
 
 import argparse
+import importlib
+import importlib.metadata
+import importlib.util
 import json
-import os
 import pathlib
-import platform
 import statistics
-import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from timing import compiled, machine, take_turns
 
 from attnzoom_jax.ops.zoom import zoom_conv
 
@@ -59,54 +64,57 @@ def forward_backward(form):
     return run
 
 
-def measure(functions: dict, arguments: tuple, *, seconds: float) -> dict:
-    """Compile and run times per form; forms take turns, 3 to 30 rounds within `seconds`."""
-    compiled, times = {}, {}
-    for name, function in functions.items():
-        start = time.perf_counter()
-        run = jax.jit(function).lower(*arguments).compile()
-        compile_s = time.perf_counter() - start
-        jax.block_until_ready(run(*arguments))
-        compiled[name], times[name] = (run, compile_s), []
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 3 or (rounds < 30 and time.perf_counter() < end):
-        for name, (run, _) in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
-    return {
-        name: {
-            "compile_s": round(compile_s, 3),
-            "median_ms": round(1e3 * statistics.median(times[name]), 3),
-            "fastest_ms": round(1e3 * min(times[name]), 3),
-            "temporary_mb": round(run.memory_analysis().temp_size_in_bytes / 2**20, 1),
-            "rounds": rounds,
-        }
-        for name, (run, compile_s) in compiled.items()
-    }
+def torch_calls(features: Any, kernel: Any, cotangent: Any) -> dict[str, Callable[[], Any]]:
+    """{pass: call} of torch on the same numbers; a call returns arrays in torch's layouts."""
+    torch: Any = importlib.import_module("torch")
+    torch.set_num_threads(machine()["threads"])
+
+    def pixels(values):
+        tensor = torch.tensor(np.asarray(values)).permute(0, 3, 1, 2)
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    x, weights = pixels(features).requires_grad_(), pixels(cotangent)
+    # [in, out / groups, h, w]; a transposed convolution reads its kernel backwards.
+    flipped = np.asarray(kernel)[::-1, ::-1]
+    groups = features.shape[-1] if kernel.shape[2] == 1 else 1
+    order = (3, 2, 0, 1) if groups > 1 else (2, 3, 0, 1)
+    w = torch.tensor(flipped.transpose(order).copy(), requires_grad=True)
+    options = {"stride": FACTOR, "padding": 1, "output_padding": 1, "groups": groups}
+
+    def run():
+        with torch.no_grad():
+            return torch.nn.functional.conv_transpose2d(x, w, **options)
+
+    def run_back():
+        x.grad = w.grad = None
+        out = torch.nn.functional.conv_transpose2d(x, w, **options)
+        out.backward(weights)
+        return out.detach(), x.grad, w.grad
+
+    return {"forward": run, "forward+backward": run_back}
 
 
-def machine() -> dict:
-    """What the figures belong to."""
-    model = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": model,
-        "cpu_count": os.cpu_count(),
-        "threads": usable,
-        "load_at_start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+def check_torch(ours: Any, theirs: Any, kernel: Any) -> None:
+    """Stop if torch computes something else."""
+    out, (by_features, by_kernel) = ours
+    order = (2, 3, 1, 0) if kernel.shape[2] == 1 else (2, 3, 0, 1)
+    pairs = (
+        (out, np.asarray(theirs[0]).transpose(0, 2, 3, 1)),
+        (by_features, np.asarray(theirs[1]).transpose(0, 2, 3, 1)),
+        (by_kernel, np.asarray(theirs[2]).transpose(order)[::-1, ::-1]),
+    )
+    for found, wanted in pairs:
+        difference = float(np.abs(np.asarray(found) - wanted).max() / np.abs(wanted).max())
+        if not difference < 1e-4:
+            raise SystemExit(f"torch differs by {difference} of the largest value")
+
+
+def ratio(times: dict[str, list[float]], peer: str) -> float | None:
+    """The peer's time over the package's, the median over the rounds; None without that peer."""
+    if peer not in times:
+        return None
+    pairs = zip(times[peer], times["polyphase"], strict=True)
+    return round(statistics.median(theirs / ours for theirs, ours in pairs), 2)
 
 
 def main() -> None:
@@ -115,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="aimed at per line, 3 rounds min"
+        "--seconds", type=float, default=4.0, help="aimed at per line, 5 rounds min"
     )
     args = parser.parse_args()
 
@@ -125,7 +133,10 @@ def main() -> None:
         f" for XLA, load {where['load_at_start']}; device {where['device']} ({where['platform']}),"
         f" jax {where['jax']}, {args.dtype}"
     )
-    print(f"{'median ms (fastest ms)':47}{'polyphase':>18}{'dilation':>18}{'ratio':>9}")
+    has_torch = importlib.util.find_spec("torch") and where["platform"] == "cpu"
+    has_torch = bool(has_torch) and args.dtype == "float32"
+    names = ["polyphase", "dilated", *(["torch"] if has_torch else [])]
+    print(f"{'median ms (fastest ms)':47}" + "".join(f"{name:>18}" for name in names))
     rows = []
     for shape in SHAPES:
         for kind in KINDS:
@@ -138,30 +149,40 @@ def main() -> None:
             difference = jnp.abs(polyphase(features, kernel) - dilated(features, kernel)).max()
             if not difference < (1e-4 if args.dtype == "float32" else 0.2):
                 raise SystemExit(f"the two forms differ by {difference} at {shape}, {kind}")
+            peers = torch_calls(features, kernel, cotangent) if has_torch else {}
             forms = {"polyphase": polyphase, "dilated": dilated}
             both = {name: forward_backward(form) for name, form in forms.items()}
+            if has_torch:
+                ours = both["polyphase"](features, kernel, cotangent)
+                check_torch(ours, peers["forward+backward"](), kernel)
             for name, functions, arguments in (
                 ("forward", forms, (features, kernel)),
                 ("forward+backward", both, (features, kernel, cotangent)),
             ):
-                timed = measure(functions, arguments, seconds=args.seconds)
-                ratio = timed["dilated"]["median_ms"] / timed["polyphase"]["median_ms"]
-                rows.append(
-                    {"shape": shape, "kernel": kind, "pass": name, "ratio": round(ratio, 2)}
-                )
-                rows[-1].update(timed)
-                cells = [
-                    f"{t['median_ms']:.1f} ({t['fastest_ms']:.1f})"
-                    for t in (timed["polyphase"], timed["dilated"])
-                ]
+                built = {form: compiled(f, arguments) for form, f in functions.items()}
+                calls = {form: call for form, (call, _) in built.items()}
+                calls |= {"torch": peers[name]} if has_torch else {}
+                times = take_turns(calls, seconds=args.seconds)
+                row: dict[str, Any] = {"shape": shape, "kernel": kind, "pass": name}
+                row["dilated_to_polyphase"] = ratio(times, "dilated")
+                row["torch_to_polyphase"] = ratio(times, "torch")
+                for form, values in times.items():
+                    row[form] = {
+                        **(built[form][1] if form in built else {}),
+                        "median_ms": round(1e3 * statistics.median(values), 3),
+                        "fastest_ms": round(1e3 * min(values), 3),
+                        "rounds": len(values),
+                    }
+                rows.append(row)
+                cells = [f"{row[f]['median_ms']:.1f} ({row[f]['fastest_ms']:.1f})" for f in times]
                 size = "x".join(map(str, shape))
-                print(
-                    f"{size:18}{kind:11}{name:18}{cells[0]:>18}{cells[1]:>18}{ratio:9.1f}",
-                    flush=True,
-                )
+                line = f"{size:18}{kind:11}{name:18}" + "".join(f"{cell:>18}" for cell in cells)
+                print(line, flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {"factor": FACTOR, "kernel_size": KERNEL, "dtype": args.dtype}
+        if has_torch:
+            where["torch"] = importlib.metadata.version("torch")
         report = {"benchmark": "zoom", "machine": where, **settings, "rows": rows}
         args.out.write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {args.out}")
