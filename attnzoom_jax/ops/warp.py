@@ -217,9 +217,9 @@ def sample(images: jax.Array, grid: Grid, *, impl: str = "auto") -> jax.Array:
         impl: how, not what. "gather" takes the four neighbours of all pixels at once; "loop" does
             so image by image, which suits the caches of a CPU; "matmul" multiplies a separable
             grid's rows and columns with matrices of two weights per row. "auto": "loop" on a CPU,
-            elsewhere "matmul" for separable and "gather" for dense grids. In results/bench/warp.json
-            that is the best on a CPU for training, but for separable grids on three channels
-            ("matmul"); for inference "gather" is somewhat faster.
+            elsewhere "matmul" for separable and "gather" for dense grids. On a CPU, by
+            results/bench/warp.json, training is faster otherwise for separable grids on three
+            channels alone ("matmul"), inference with "gather".
 
     Returns:
         [n, height, width, c] in the type of the images, float32 for integers; sums run in float32
