@@ -14,6 +14,7 @@
 """
 
 import ast
+import dataclasses
 import pathlib
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
 from attnzoom_jax.evaluation.steps import draw_steps
 from attnzoom_jax.evaluation.warp import draw_warps
 from attnzoom_jax.models.taps import default_tap
+from attnzoom_jax.models.two_stream import with_fields
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.workdir import Workdir
@@ -273,7 +275,13 @@ FIGURES: dict[str, Callable[[TrainedModel, pathlib.Path], int]] = {
 def _restore(workdir: str) -> TrainedModel:
     given = flags.FLAGS
     mesh = sharding.create_mesh(jax.devices()[:1])
-    return restore_model(workdir, checkpoint=given.checkpoint, data_dir=given.data_dir, mesh=mesh)
+    trained = restore_model(
+        workdir, checkpoint=given.checkpoint, data_dir=given.data_dir, mesh=mesh
+    )
+    if trained.config.data.patches:
+        print("note: patches are taken around the class map here, not at the boxes of data.patches")
+        trained = dataclasses.replace(trained, model=with_fields(trained.model, patch_source="cam"))
+    return trained
 
 
 def _target() -> str:

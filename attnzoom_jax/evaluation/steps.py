@@ -25,7 +25,7 @@ from attnzoom_jax.evaluation.split import to_input
 from attnzoom_jax.models import bind
 from attnzoom_jax.models.insert import Insert
 from attnzoom_jax.models.recursive_zoom import RecursiveZoom
-from attnzoom_jax.models.two_stream import TwoStream
+from attnzoom_jax.models.two_stream import TwoStream, with_fields
 from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.viz import overlay, sheet
 
@@ -78,9 +78,7 @@ def _look_function(trained: TrainedModel) -> Callable[..., dict[str, jax.Array]]
     """(variables, images uint8 [n, h, w, 3], class ids or -1 [n]) -> what steps.npz holds of it."""
     inner, prefix = _recursive(trained.model)
     data = trained.config.data
-    model = trained.model
-    if isinstance(inner, TwoStream):  # one patch per image
-        model = _with_inner(model, inner.clone(eval_patch="first"))
+    model = with_fields(trained.model, eval_patch="first")  # one patch per image
 
     def look(variables: Any, images: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
         fn, x = bind(model, variables, train=False), to_input(images, data)
@@ -109,12 +107,6 @@ def _recursive(model: nn.Module, prefix: str = "") -> tuple[Any, str]:
         f"--figure=steps needs a model that looks in steps, recursive_zoom or two_stream; this is "
         f"a {type(model).__name__}"
     )
-
-
-def _with_inner(model: nn.Module, inner: nn.Module) -> nn.Module:
-    if isinstance(model, Insert):
-        return model.clone(backbone=_with_inner(model.backbone, inner))
-    return inner
 
 
 def _zooms(

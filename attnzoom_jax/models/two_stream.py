@@ -28,7 +28,7 @@ from attnzoom_jax.layers.recursive import AGGREGATIONS, RecursiveAttention
 from attnzoom_jax.layers.tap import Tap
 from attnzoom_jax.models.blocks import Conv, ReLU, check_images
 from attnzoom_jax.models.features import Features
-from attnzoom_jax.models.insert import train_argument
+from attnzoom_jax.models.insert import Insert, train_argument
 from attnzoom_jax.models.taps import visit_taps
 from attnzoom_jax.models.vgg import VGG, narrow_normal
 from attnzoom_jax.ops.patches import check_boxes, crop_boxes, percentile_boxes, random_boxes
@@ -276,6 +276,21 @@ def two_stream(
         classifier.num_classes,
         **fields,
     )
+
+
+def with_fields(model: nn.Module, **fields: Any) -> nn.Module:
+    """A model with other fields of the `TwoStream` that it is, or that its inserts are around.
+
+    Args:
+        model: any; one without a `TwoStream` is returned as it is.
+        **fields: of `TwoStream`.
+
+    Returns:
+        The model; its variables stay the same.
+    """
+    if isinstance(model, Insert):
+        return model.clone(backbone=with_fields(model.backbone, **fields))
+    return model.clone(**fields) if isinstance(model, TwoStream) else model
 
 
 def _features(name: str, trunk: nn.Module, images: jax.Array, train: bool) -> jax.Array:
