@@ -141,7 +141,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "unknown figure": (
         ["explain.py", "--workdir={run}", "--figure=wrap"],
         2,
-        "flag --figure=wrap: value should be one of <maps|warp|compare>",
+        "flag --figure=wrap: value should be one of <maps|warp|compare|steps>",
     ),
     "comparison with nothing": (
         ["explain.py", "--workdir={run}", "--figure=compare", "--out={new}"],
