@@ -50,6 +50,8 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         default.use_fine_shapes(config)
         config.model.update({"backbone": "resnet10", "stem": "small", "width": 16})
         config.model.update({"hidden": 64, "add_on": 0, "patch_size": 32})
+        if rest:
+            config.model.steps = min(config.model.steps, 2)
         return default.in_mode(config, rest)
     default.use_fine_grained(config, choices["dataset"])
     config.total_epochs = 90.0

@@ -30,6 +30,8 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     if choices["dataset"] == "fine_shapes" or rest:
         default.use_fine_shapes(config)
         config.model.update({"backbone": "resnet10", "stem": "small", "width": 16})
+        if rest:
+            config.model.steps = min(config.model.steps, 2)
         return default.in_mode(config, rest)
     default.use_fine_grained(config, choices["dataset"])
     config.total_epochs = 50.0
