@@ -54,8 +54,10 @@ def open_split(data: Any, *, split: str, fields: Sequence[str] = ("image", "labe
         return [(_text(example["file_name"]), int(example["label"])) for example in names]
 
     file = pathlib.Path(data.patches).expanduser() / f"{base}_patches.npy"
-    boxes = read_boxes(file, sorted(names_of(base), key=lambda name: name[0].split("/")))
-    rows = [boxes[name] * np.float32(data.image_size / SIDE) for name, _ in names_of(split)]
+    names = names_of(split)
+    whole = names if split == base else names_of(base)
+    boxes = read_boxes(file, sorted(whole, key=lambda name: name[0].split("/")))
+    rows = [boxes[name] * np.float32(data.image_size / SIDE) for name, _ in names]
     return dataclasses.replace(source, examples=_WithBoxes(source.examples, rows))
 
 

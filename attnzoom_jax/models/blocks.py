@@ -88,6 +88,36 @@ def check_fields(model: Any, **choices: tuple[str, ...]) -> None:
             raise ValueError(f"{field}={value}: expected an integer of at least 1")
 
 
+def check_stages(
+    sizes: tuple[int, ...],
+    such_as: tuple[int, ...],
+    *,
+    unit: str = "blocks",
+    least: int = 1,
+    why: str = "",
+) -> None:
+    """Raise a ValueError for stages that are none, or too short.
+
+    Args:
+        sizes: the field stage_sizes of a model, what each stage has of its unit.
+        such_as: sizes for the message.
+        unit: of which a stage is made.
+        least: of them in a stage.
+        why: so many, for the message.
+    """
+    if not sizes or min(sizes) < least:
+        raise ValueError(
+            f"stage_sizes={sizes}: expected the number of {unit} of each stage, each at least "
+            f"{least}{why}, such as {such_as}"
+        )
+
+
+def check_dropout(dropout: float, such_as: float) -> None:
+    """Raise a ValueError for a share of units that is none; `such_as` is one for the message."""
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout={dropout}: expected a fraction in [0, 1], such as {such_as}")
+
+
 def check_images(images: jax.Array) -> None:
     """Raise a ValueError unless images are a batch [n, h, w, c]."""
     if images.ndim != 4:

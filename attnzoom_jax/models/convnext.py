@@ -38,7 +38,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.models.blocks import check_fields, check_images
+from attnzoom_jax.models.blocks import check_fields, check_images, check_stages
 
 LAYER_SCALE = 1e-6
 MLP_EXPANSION = 4
@@ -199,11 +199,7 @@ class ConvNeXt(nn.Module):
 
     def __post_init__(self):
         check_fields(self)
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: expected the number of blocks of each stage, "
-                "each at least 1, such as (3, 3, 9, 3)"
-            )
+        check_stages(self.stage_sizes, (3, 3, 9, 3))
         if not 0 <= self.drop_path <= 1:
             raise ValueError(
                 f"drop_path={self.drop_path}: expected a probability in [0, 1], such as 0.1"

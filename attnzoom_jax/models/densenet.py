@@ -38,7 +38,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.models.blocks import Conv, Norm, ReLU, Stem, check_fields, check_images
+from attnzoom_jax.models.blocks import (
+    Conv,
+    Norm,
+    ReLU,
+    Stem,
+    check_fields,
+    check_images,
+    check_stages,
+)
 
 BOTTLENECK_EXPANSION = 4
 
@@ -139,11 +147,7 @@ class DenseNet(nn.Module):
 
     def __post_init__(self):
         check_fields(self)
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: expected the number of blocks of each stage, "
-                "each at least 1, such as (6, 12, 24, 16)"
-            )
+        check_stages(self.stage_sizes, (6, 12, 24, 16))
         if self.width % 2:
             raise ValueError(
                 f"width={self.width}: expected an even number, twice the growth rate, such as 64"

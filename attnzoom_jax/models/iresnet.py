@@ -47,7 +47,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.models.blocks import Conv, Norm, ReLU, Stem, check_fields, check_images
+from attnzoom_jax.models.blocks import (
+    Conv,
+    Norm,
+    ReLU,
+    Stem,
+    check_fields,
+    check_images,
+    check_stages,
+)
 
 BOTTLENECK_EXPANSION = 4
 
@@ -154,11 +162,7 @@ class IResNet(nn.Module):
 
     def __post_init__(self):
         check_fields(self)
-        if not self.stage_sizes or min(self.stage_sizes) < 2:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: expected the number of blocks of each stage, "
-                "each at least 2 (a start and an end), such as (3, 4, 6, 3)"
-            )
+        check_stages(self.stage_sizes, (3, 4, 6, 3), least=2, why=" (a start and an end)")
         super().__post_init__()
 
     @nn.compact

@@ -65,7 +65,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.models.blocks import Conv, Norm, ReLU, check_fields, check_images
+from attnzoom_jax.models.blocks import Conv, Norm, ReLU, check_dropout, check_fields, check_images
 
 PADDINGS: dict[str, Any] = {"torch": 1, "tf": "SAME"}  # of a 3x3 convolution
 ACTIVATIONS = ("relu6", "relu")
@@ -297,7 +297,7 @@ class MobileNetV1(nn.Module):
 
     def __post_init__(self):
         check_fields(self, padding=tuple(PADDINGS), activation=ACTIVATIONS)
-        _check_dropout(self.dropout)
+        check_dropout(self.dropout, 0.2)
         super().__post_init__()
 
     @nn.compact
@@ -363,7 +363,7 @@ class MobileNetV2(nn.Module):
 
     def __post_init__(self):
         check_fields(self, padding=tuple(PADDINGS), activation=ACTIVATIONS)
-        _check_dropout(self.dropout)
+        check_dropout(self.dropout, 0.2)
         if self.width % 4:
             raise ValueError(f"width={self.width}: expected a multiple of 4, such as 32")
         super().__post_init__()
@@ -406,8 +406,3 @@ class MobileNetV2(nn.Module):
 
 def _activation(kind: str, name: str) -> nn.Module:
     return {"relu6": ReLU6, "relu": ReLU}[kind](name=name)
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout={dropout}: expected a fraction in [0, 1], such as 0.2")

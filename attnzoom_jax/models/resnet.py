@@ -52,7 +52,15 @@ import jax
 import jax.numpy as jnp
 
 from attnzoom_jax.layers.channel_spatial import CBAM, ECA, SqueezeExcite
-from attnzoom_jax.models.blocks import Conv, Norm, ReLU, Stem, check_fields, check_images
+from attnzoom_jax.models.blocks import (
+    Conv,
+    Norm,
+    ReLU,
+    Stem,
+    check_fields,
+    check_images,
+    check_stages,
+)
 from attnzoom_jax.models.insert import train_argument
 
 BLOCKS = ("basic", "bottleneck")
@@ -242,11 +250,7 @@ class ResNet(nn.Module):
 
     def __post_init__(self):
         check_fields(self, block=BLOCKS, shortcut=SHORTCUTS, attention=("", *ATTENTIONS))
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: expected the number of blocks of each stage, "
-                "each at least 1, such as (2, 2, 2, 2)"
-            )
+        check_stages(self.stage_sizes, (2, 2, 2, 2))
         for field in ("groups", "width_per_group"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:

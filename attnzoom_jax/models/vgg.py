@@ -34,7 +34,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.models.blocks import Conv, Norm, ReLU, check_fields, check_images
+from attnzoom_jax.models.blocks import (
+    Conv,
+    Norm,
+    ReLU,
+    check_dropout,
+    check_fields,
+    check_images,
+    check_stages,
+)
 
 NORMS = ("none", "batch")
 
@@ -133,13 +141,8 @@ class VGG(nn.Module):
 
     def __post_init__(self):
         check_fields(self, norm=NORMS)
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: expected the number of convolutions of each "
-                "stage, each at least 1, such as (2, 2, 3, 3, 3)"
-            )
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout={self.dropout}: expected a fraction in [0, 1], such as 0.5")
+        check_stages(self.stage_sizes, (2, 2, 3, 3, 3), unit="convolutions")
+        check_dropout(self.dropout, 0.5)
         super().__post_init__()
 
     @nn.compact

@@ -39,7 +39,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnzoom_jax.models.blocks import Conv, Norm, ReLU, check_fields, check_images
+from attnzoom_jax.models.blocks import (
+    Conv,
+    Norm,
+    ReLU,
+    check_dropout,
+    check_fields,
+    check_images,
+    check_stages,
+)
 
 
 class Stem(nn.Module):
@@ -161,15 +169,10 @@ class WideResNet(nn.Module):
 
     def __post_init__(self):
         check_fields(self)
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: expected the number of blocks of each stage, "
-                "each at least 1, such as (4, 4, 4)"
-            )
+        check_stages(self.stage_sizes, (4, 4, 4))
         if not isinstance(self.widen, int) or self.widen < 1:
             raise ValueError(f"widen={self.widen}: expected an integer of at least 1, such as 10")
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout={self.dropout}: expected a fraction in [0, 1], such as 0.3")
+        check_dropout(self.dropout, 0.3)
         super().__post_init__()
 
     @nn.compact

@@ -30,6 +30,7 @@ from R, such as KL(R || S). It carries the idea from channels over to any mask a
 of no paper.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ LEAST_SHARE = 1e-12  # of a mask, inside of a logarithm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Term:
+class Term(abc.ABC):
     """A term of the loss; the fields are its options in the config.
 
     Attributes:
@@ -77,9 +78,9 @@ class Term:
         """The taps whose values the term reads."""
         return ()
 
+    @abc.abstractmethod
     def __call__(self, forward: Forward) -> jax.Array:
         """The value of each example, float32 [n]."""
-        raise NotImplementedError(f"{type(self).__name__} has no value")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,9 +53,12 @@ def plain_variables(model, images, *, seed=0):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def relevance_at(tap, *, model, images, negative="raw"):
-    """A jitted function of the variables: (at_tap, absolute, dropped) of class i in image i."""
-    targets = jnp.arange(len(images))
+def relevance_at(tap, *, model, images, negative="raw", targets=None):
+    """A jitted function of the variables: (at_tap, absolute, dropped) of the targets.
+
+    Without these, of class i in image i.
+    """
+    targets = jnp.arange(len(images)) if targets is None else jnp.asarray(targets)
 
     def measure(variables, images):
         fn = bind(model, variables, train=False)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnzoom_jax.attribution import relevance_balance
 from attnzoom_jax.layers import AttentionZoom
-from attnzoom_jax.models import Insert, bind
+from attnzoom_jax.models import Insert
 from attnzoom_jax.models.wide_resnet import WideResNet
+from tests.models.backbone_checks import relevance_at
 from tests.models.test_resnet import (
     random_images,
     random_variables,
@@ -140,14 +140,8 @@ def test_excitation_backprop_accounts_for_all_relevance():
     images = jnp.abs(random_images(n=1, h=8, w=8))
     variables = random_variables(model, images)
 
-    @jax.jit
-    def balance(variables):
-        fn = bind(model, variables, train=False)
-        targets = jnp.array([1])
-        found = relevance_balance(fn, images, targets, tap="stage1", negative="clamp")
-        return found.at_tap[0], found.absolute[0], found.dropped[0]
-
-    at_tap, absolute, dropped = balance(variables)
+    measure = relevance_at("stage1", model=model, images=images, negative="clamp", targets=[1])
+    (at_tap,), (absolute,), (dropped,) = measure(variables)
     np.testing.assert_allclose(at_tap + dropped, 1, atol=1e-5)
     np.testing.assert_allclose(at_tap, absolute, rtol=1e-5)
     assert at_tap > 0.3
