@@ -254,6 +254,10 @@ def _compare(trained: TrainedModel, out: pathlib.Path) -> int:
 
 def _steps(trained: TrainedModel, out: pathlib.Path) -> int:
     given = flags.FLAGS
+    if given.method or given.tap or given.option:
+        raise ValueError(
+            "--figure=steps is Grad-CAM at every step; leave out --method, --tap and --option"
+        )
     if given.images:
         examples = from_files(trained, given.images)
     else:

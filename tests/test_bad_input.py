@@ -163,6 +163,11 @@ CASES: dict[str, tuple[list[str], int, str]] = {
         1,
         "--figure=warp takes one method, got --method=rise,occlusion",
     ),
+    "method where there is no choice": (
+        ["explain.py", "--workdir={run}", "--figure=steps", "--method=rise", "--out={new}"],
+        1,
+        "--figure=steps is Grad-CAM at every step",
+    ),
     "unknown option of the warp": (
         ["explain.py", "--workdir={run}", "--figure=warp", "--option=flor=0.1", "--out={new}"],
         1,
