@@ -3,19 +3,8 @@
     model = create_model("resnet50", num_classes=200)
     variables = load_pretrained(model, "resnet50.pth", key=key, image_shape=(1, 224, 224, 3))
 
-Names come from `weight_names`, files from `weight_files`. torch keeps other layouts than we do:
-
-| array                 | torch                   | here                                |
-|-----------------------|-------------------------|-------------------------------------|
-| convolution           | [out, in / g, h, w]     | [h, w, in / g, out]                 |
-| depthwise             | [c, 1, h, w]            | [h, w, 1, c]                        |
-| along the channels    | [out, in, k]            | [k, in, out]                        |
-| linear                | [out, in]               | [in, out]                           |
-| linear as convolution | [out, in, h, w]         | [in * h * w, out], channels first   |
-| layer scale           | [c, 1, 1] or [c]        | [c]                                 |
-
-Arrays whose name ends in "kernel" are taken as they are. Where a file has its batch norms folded
-into the convolutions before them, the bias becomes that of a norm which does nothing else.
+What a file holds is found by `weight_files`, what of it goes where, and in what layout, by
+`weight_match`, with the names of `weight_names`.
 
 A file written under our own names, `params/stem/conv1/kernel`, is read too, also for the layers of
 an `Insert`. A model that holds several networks, as `TwoStream` does, gets the file into each.
@@ -31,7 +20,7 @@ cannot: a mask is below 1 and the map is resampled, so that the network has to b
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -40,12 +29,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from attnzoom_jax.models.blocks import Norm
 from attnzoom_jax.models.factory import LINEN_FIELDS, MODEL_NAMES, create_model
 from attnzoom_jax.models.features import Features
 from attnzoom_jax.models.insert import train_argument
 from attnzoom_jax.models.weight_files import read_weights
-from attnzoom_jax.models.weight_names import TABLES, has_form, weight_names
+from attnzoom_jax.models.weight_match import (
+    Found,
+    Place,
+    match_arrays,
+    matched_share,
+    path_inside,
+    wanted_paths,
+)
+from attnzoom_jax.models.weight_names import TABLES, has_form
 
 # What wrappers put before every name; several may stand in a row.
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
@@ -97,12 +93,12 @@ def load_pretrained(
     family = families.pop()
     file = _without_prefixes(read_weights(path))
     shapes = _shapes(model, images)
-    found = _Found()
+    found = Found()
     for place in places:
-        here = _find(file, shapes, family, place.prefix)
-        if here.wrong_shapes or _share(here, file, shapes, family, place) < LEAST_SHARE:
+        here = match_arrays(file, shapes, place)
+        if here.wrong_shapes or matched_share(here, file, shapes, place) < LEAST_SHARE:
             raise ValueError(_misfit(path, family, here, file, shapes))
-        lacking = [name for name in _wanted(shapes, place) if name not in here.arrays]
+        lacking = [name for name in wanted_paths(shapes, place) if name not in here.arrays]
         if lacking:
             raise ValueError(
                 f"{path} lacks {len(lacking)} arrays of the network ({family.__name__}): "
@@ -125,166 +121,10 @@ def load_pretrained(
     return unflatten_dict({name: (loaded | new)[name] for name in shapes}, sep="/")
 
 
-@dataclasses.dataclass
-class _Found:
-    """What of a file goes where.
-
-    Attributes:
-        arrays: {path of ours with its collection: array}, in our layout and the file's type.
-        used: names in the file, also of a head that does not fit.
-        wrong_shapes: a line for each array that does not fit.
-        folded: number of norms that the file has folded.
-        head: why the head is new; "" where it is not, or the file has none.
-    """
-
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    used: set[str] = dataclasses.field(default_factory=set)
-    wrong_shapes: list[str] = dataclasses.field(default_factory=list)
-    folded: int = 0
-    head: str = ""
-
-    def add(self, other: "_Found") -> None:
-        """What was found for another network of the same model."""
-        self.arrays |= other.arrays
-        self.used |= other.used
-        self.folded += other.folded
-        self.head = self.head or other.head
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A network inside of a model.
-
-    Attributes:
-        module: the network.
-        prefix: of the paths of its variables.
-        is_whole: whether it is used to its end, rather than up to a tap.
-    """
-
-    module: nn.Module
-    prefix: str
-    is_whole: bool
-
-
-def _find(
-    file: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], family: type, prefix: str
-) -> _Found:
-    """Match a file's arrays with those of a model."""
-    found = _Found()
-    candidates = _candidates(shapes, family, prefix)
-    heads: dict[str, np.ndarray] = {}
-    for path, shape in shapes.items():
-        name = next((name for name in candidates[path] if name in file), None)
-        if name is None:
-            continue
-        found.used.add(name)
-        array = _to_our_layout(file[name], name, path, shape)
-        if _is_head(path, prefix):
-            heads[path] = array
-        elif array.shape == shape:
-            found.arrays[path] = array
-        else:
-            given = list(file[name].shape)
-            here = "" if array.shape == file[name].shape else f", here {list(array.shape)}"
-            found.wrong_shapes.append(f"{name} {given}{here}: expected {list(shape)} for {path}")
-    for path, array in heads.items():
-        if array.shape != shapes[path]:
-            found.head = f"the file's is {list(array.shape)}, the model's {list(shapes[path])}"
-    if not found.head:
-        found.arrays |= heads
-    _fill_folded_norms(found, shapes)
-    return found
-
-
-def _candidates(
-    shapes: Mapping[str, tuple[int, ...]], family: type, prefix: str
-) -> dict[str, tuple[str, ...]]:
-    """{path with its collection: names that it may have in a file}."""
-    inside = {path: _inside(path, prefix) for path in shapes}
-    tables = weight_names([name for name in inside.values() if name], TABLES[family])
-    candidates = {}
-    for path, name in inside.items():
-        collection = path.partition("/")[0]
-        own = (path, f"{collection}/{name}") if name else (path,)
-        candidates[path] = (*tables.get(name, ()), *own)
-    return candidates
-
-
-def _inside(path: str, prefix: str) -> str:
-    """The path below the backbone and without its collection; "" outside of the backbone."""
-    path = path.partition("/")[2]
-    return path.removeprefix(prefix) if path.startswith(prefix) else ""
-
-
-def _is_head(path: str, prefix: str) -> bool:
-    return _inside(path, prefix) in ("head/kernel", "head/bias")
-
-
-def _to_our_layout(array: np.ndarray, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of a file in our layout, see the top of this file; a view where that can be."""
-    if path.endswith("/kernel") and not name.endswith("kernel") and array.ndim > 1:
-        if len(shape) == 2:
-            array = array.reshape(array.shape[0], -1)
-        array = array.transpose(*range(2, array.ndim), 1, 0)
-    if array.ndim != len(shape) and _without_ones(array.shape) == _without_ones(shape):
-        array = array.reshape(shape)
-    elif path.endswith("/kernel") and (array.ndim, len(shape)) == (4, 2):
-        array = array.reshape(-1, array.shape[-1])  # a head as a 1x1 convolution, in our layout
-    return array
-
-
-def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
-
-
-def _fill_folded_norms(found: _Found, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Batch norms of which the file has the bias alone do nothing but add it."""
-    values = {"scale": 1.0, "mean": 0.0, "var": 1.0 - Norm.keywords["epsilon"]}
-    for path in list(found.arrays):
-        collection, _, name = path.partition("/")
-        module, _, leaf = name.rpartition("/")
-        others = {
-            f"{'params' if other == 'scale' else 'batch_stats'}/{module}/{other}": value
-            for other, value in values.items()
-        }
-        is_norm = collection == "params" and leaf == "bias" and others.keys() <= shapes.keys()
-        if is_norm and not others.keys() & found.arrays.keys():
-            found.folded += 1
-            for other, value in others.items():
-                found.arrays[other] = np.full(shapes[other], value, np.float32)
-
-
-def _share(
-    found: _Found,
-    file: Mapping[str, np.ndarray],
-    shapes: Mapping[str, tuple[int, ...]],
-    family: type,
-    place: _Place,
-) -> float:
-    """How much of the network the file has, or of the file the network: what is less."""
-    wanted = _wanted(shapes, place)
-    given = [name for name in file if has_form(name, TABLES[family])]
-    have = sum(path in found.arrays for path in wanted) / max(len(wanted), 1)
-    if not given or not place.is_whole:  # under our own names, or under no known ones
-        return have
-    return min(have, sum(name in found.used for name in given) / len(given))
-
-
-def _wanted(shapes: Mapping[str, tuple[int, ...]], place: _Place) -> list[str]:
-    """The arrays of a network that a file must have: all but head and attention in its blocks."""
-    return [
-        path
-        for path in shapes
-        if (name := _inside(path, place.prefix))
-        and not _is_head(path, place.prefix)
-        and "/attention/" not in name
-    ]
-
-
 def _misfit(
     path: str,
     family: type,
-    found: _Found,
+    found: Found,
     file: Mapping[str, np.ndarray],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> str:
@@ -313,11 +153,11 @@ def _best_fit(file: Mapping[str, np.ndarray]) -> str:
     }
     scores = {}
     for name in MODEL_NAMES:
-        family = type(create_model(name, num_classes=1))
-        if name == "resnet" or share[family] < max(*share.values(), 0.5):
+        model = create_model(name, num_classes=1)
+        if name == "resnet" or share[type(model)] < max(*share.values(), 0.5):
             continue
         shapes = _published_shapes(name)
-        found = _find(file, shapes, family, "")
+        found = match_arrays(file, shapes, Place(model, prefix="", is_whole=True))
         scores[name] = len(found.arrays) / max(len(shapes), len(file))
     best = max(scores, key=lambda name: scores[name], default="")
     return best if best and scores[best] > 0.5 else ""
@@ -330,14 +170,14 @@ def _published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 def _summary(
     path: str,
-    found: _Found,
+    found: Found,
     missing: Sequence[str],
     file: Mapping[str, np.ndarray],
     prefixes: Sequence[str],
 ) -> str:
     """What was loaded, is new, and was not used."""
     inside = (
-        next((short for prefix in prefixes if (short := _inside(name, prefix))), "inserted")
+        next((short for prefix in prefixes if (short := path_inside(name, prefix))), "inserted")
         for name in found.arrays
     )
     parts = collections.Counter(name.partition("/")[0] for name in inside)
@@ -379,10 +219,10 @@ def _without_prefixes(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return stripped
 
 
-def _backbones(model: nn.Module, prefix: str = "", is_whole: bool = True) -> list[_Place]:
+def _backbones(model: nn.Module, prefix: str = "", is_whole: bool = True) -> list[Place]:
     """The networks with known names inside of a model: itself, or its fields' own."""
     if type(model) in TABLES:
-        return [_Place(model, prefix, is_whole)]
+        return [Place(model, prefix, is_whole)]
     is_whole = is_whole and not isinstance(model, Features)
     fields = ((field.name, getattr(model, field.name)) for field in dataclasses.fields(model))
     return [
