@@ -33,8 +33,12 @@ name parameters by paths that `base` lacks.
 The data set need not be prepared. Its image size and classes come from TFDS, without the network,
 or from --image_size=H,W and --num_classes=K; then its length is taken as 50,000, which only the
 learning rate depends on.
+
+The boxes of data.patches are not read; each image has one here, the whole of it. Where it lies
+costs nothing, but with several an evaluation with eval_patch=mean is dearer than said here.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -54,6 +58,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from attnzoom_jax import cli
 from attnzoom_jax.data import source as sources
+from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.data.source import Source
 from attnzoom_jax.layers import AttentionZoom
 from attnzoom_jax.models.insert import train_argument
@@ -173,6 +178,10 @@ def create_parts(config: Any, source: Source, batch_size: int) -> dict[str, Expe
         ValueError: as `create_experiment`.
     """
     config = config.copy_and_resolve_references()
+    if config.data.patches:
+        side = config.data.image_size
+        whole = np.array([[0, 0, side, side]], np.float32)
+        source = dataclasses.replace(source, examples=[{"boxes": whole}] * len(source))
     parts = {}
     with config.unlocked():
         config.data.batch_size = batch_size
@@ -219,13 +228,14 @@ def measure(parts: Mapping[str, Experiment], batch_size: int, *, with_time: bool
 
 
 def _batch(experiment: Experiment, batch_size: int) -> dict[str, np.ndarray]:
-    """Noise of the size that the host hands to a training step."""
+    """Noise of the size that the host hands to a training step, and the boxes if there are any."""
     size = experiment.resize.size
     shape = experiment.source.image_shape if experiment.resize.mode == "none" else (size, size, 3)
     shape = tuple(int(side or 0) for side in shape)  # none is None, create_experiment saw to it
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
     labels = np.arange(batch_size) % len(experiment.source.class_names)
-    return {"image": images, "label": labels.astype(np.int32)}
+    inputs = {k: np.stack([v] * batch_size) for k, v in extra_inputs(experiment.source[0]).items()}
+    return {"image": images, "label": labels.astype(np.int32), **inputs}
 
 
 def _state_shapes(experiment: Experiment, mesh: Any) -> TrainState:
@@ -264,13 +274,13 @@ def _compile(
         num_classes=len(experiment.source.class_names),
     )
 
-    def forward(variables: Any, images: jax.Array) -> Any:
+    def forward(variables: Any, images: jax.Array, inputs: Any) -> Any:
         train: Any = train_argument(model, False)
-        return model.apply(variables, images, **train)
+        return model.apply(variables, images, **inputs, **train)
 
     images = jax.ShapeDtypeStruct((n, *experiment.image_shape), np.float32)
-    start = time.perf_counter()
-    evaluation: Any = jax.jit(forward).lower(state.variables(), images).compile()
+    inputs, start = extra_inputs(batch), time.perf_counter()
+    evaluation: Any = jax.jit(forward).lower(state.variables(), images, inputs).compile()
     step: Any = jit_train_step(train_step, mesh).lower(state, batch).compile()
     row = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),

@@ -1,4 +1,4 @@
-"""Patches: boxes from maps or by chance, and cutting images to them.
+"""Patches: boxes from maps or by chance, cutting images to them, and maps of patches put back.
 
 Boxes are [y0, x0, y1, x1], half-open, in pixels of the image: the patch holds the pixels from y0 to
 y1 - 1.
@@ -9,7 +9,7 @@ corners"): with s rows, row i of the result lies in the image at
     y = y0 + i (y1 - 1 - y0) / (s - 1)            the middle, (y0 + y1 - 1) / 2, where s = 1
 
 so that nothing outside of the box is read, and a box of s x s pixels is copied. Maps are resized by
-the other convention (`ops.maps.resize`).
+the other convention (`ops.maps.resize`), also into a box.
 """
 
 import math
@@ -141,13 +141,56 @@ def crop_boxes(images: jax.Array, boxes: jax.Array | np.ndarray, size: Size) -> 
     _check_size("size", size)
     lengths = (images.shape[1], images.shape[2])
     check_boxes(boxes, lengths)
-    boxes = jnp.asarray(boxes, jnp.float32)
-    low = jnp.clip(boxes[:, :2], 0, jnp.asarray(lengths) - 1)
-    high = jnp.clip(boxes[:, 2:] - 1, low, jnp.asarray(lengths) - 1)  # centres of the last pixels
+    low, high = _end_pixels(boxes, lengths)
     y, x = (
         low[:, axis, None] + _spread((high - low)[:, axis, None], m) for axis, m in enumerate(size)
     )
     return sample(images, (y, x))
+
+
+def paste_boxes(maps: jax.Array, boxes: jax.Array | np.ndarray, size: Size) -> jax.Array:
+    """Maps of patches put back into the image: each resized into its box, 0 outside of it.
+
+    Row y of the image lies in a map of h rows at (y + 0.5 - y0) h / (y1 - y0) - 0.5. A pixel is
+    inside of the box where its centre is, y0 <= y + 0.5 < y1. So a map of ones gives the box.
+
+    Args:
+        maps: [n, h, w], each of a whole patch as `crop_boxes` cuts it out, at any resolution.
+        boxes: [n, 4], whole numbers or not, each at least one pixel high and wide. Where their
+            values are not known yet, under jit, what lies outside of the image is cut off, as
+            `crop_boxes` does.
+        size: (height, width) of the image, in pixels.
+
+    Returns:
+        float32 [n, height, width]; the box of the whole image gives `ops.maps.resize`.
+
+    Raises:
+        ValueError: shapes that do not fit, a size below 1, and, where their values are known, boxes
+            that are empty or leave the image.
+    """
+    if maps.ndim != 3 or boxes.shape != (maps.shape[0], 4):
+        raise ValueError(
+            f"paste_boxes takes maps [n, h, w] and one box [y0, x0, y1, x1] for each, [n, 4]; got "
+            f"maps {maps.shape} and boxes {boxes.shape}"
+        )
+    _check_size("size", size)
+    check_boxes(boxes, size)
+    first, last = _end_pixels(boxes, size)
+    places, is_inside = [], []
+    for axis, pixels in enumerate(size):
+        low, high = first[:, axis, None], last[:, axis, None] + 1  # edges
+        centres = jnp.arange(pixels) + 0.5
+        places.append((centres - low) * maps.shape[1 + axis] / (high - low) - 0.5)
+        is_inside.append((low <= centres) & (centres < high))
+    values = sample(jnp.asarray(maps, jnp.float32)[..., None], (places[0], places[1]))[..., 0]
+    return jnp.where(is_inside[0][:, :, None] & is_inside[1][:, None, :], values, 0.0)
+
+
+def _end_pixels(boxes: jax.Array | np.ndarray, image_size: Size) -> tuple[jax.Array, jax.Array]:
+    """The centres [n, 2] of the first and the last pixels of boxes, cut to the image."""
+    boxes, end = jnp.asarray(boxes, jnp.float32), jnp.asarray(image_size) - 1
+    first = jnp.clip(boxes[:, :2], 0, end)
+    return first, jnp.clip(boxes[:, 2:] - 1, first, end)
 
 
 def _spread(lengths: jax.Array, size: int) -> jax.Array:

@@ -3,11 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnzoom_jax.ops.patches import (
-    crop_boxes,
-    percentile_boxes,
-    random_boxes,
-)
+from attnzoom_jax.ops import maps as ops_maps
+from attnzoom_jax.ops.patches import crop_boxes, paste_boxes, percentile_boxes, random_boxes
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.float32(RNG.normal(size=(3, 9, 12, 2)))
@@ -95,6 +92,91 @@ def test_a_box_that_leaves_the_image_is_an_error_or_under_jit_cut_off(box, insid
 def test_crop_of_other_shapes(images, boxes, size, message):
     with pytest.raises(ValueError, match=message):
         crop_boxes(images, boxes, size)
+
+
+MAPS = jnp.float32(RNG.normal(size=(3, 4, 3)))
+FRACTIONS = np.array([[0.3, 0, 8.9, 11.2], [2.5, 3.5, 7.5, 4.5], [1.75, 5.2, 2.8, 11.9]])
+
+
+def slow_paste(values, box, size):
+    """Pixel by pixel in float64: pixels whose centres lie in the box read the map there."""
+    y0, x0, y1, x1 = map(float, box)
+    (rows, columns), values = values.shape, np.asarray(values, np.float64)
+    out = np.zeros(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            if not (y0 <= i + 0.5 < y1 and x0 <= j + 0.5 < x1):
+                continue
+            y = np.clip((i + 0.5 - y0) / (y1 - y0) * rows - 0.5, 0, rows - 1)
+            x = np.clip((j + 0.5 - x0) / (x1 - x0) * columns - 0.5, 0, columns - 1)
+            for a in range(rows):
+                for b in range(columns):
+                    out[i, j] += values[a, b] * max(0, 1 - abs(y - a)) * max(0, 1 - abs(x - b))
+    return out
+
+
+@pytest.mark.parametrize("boxes", [BOXES, FRACTIONS], ids=["whole_numbers", "fractions"])
+def test_paste_equals_the_loop(boxes):
+    expected = [slow_paste(one, box, (9, 12)) for one, box in zip(MAPS, boxes, strict=True)]
+    np.testing.assert_allclose(paste_boxes(MAPS, boxes, (9, 12)), expected, atol=1e-5)
+    jitted = jax.jit(paste_boxes, static_argnums=2)(MAPS, boxes, (9, 12))
+    np.testing.assert_allclose(jitted, expected, atol=1e-5)
+    assert all(one.any() for one in expected)  # a box holds a pixel, however small
+
+
+def test_pasted_into_the_whole_image_a_map_is_resized():
+    whole = np.array([[0, 0, 9, 12]] * 3)
+    expected = ops_maps.resize(MAPS, (9, 12))
+    np.testing.assert_allclose(paste_boxes(MAPS, whole, (9, 12)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_pasted_stays_in_its_box_and_is_cut_out_again(seed):
+    boxes = np.asarray(random_boxes(jax.random.key(seed), 3, (40, 50)))
+    pasted = paste_boxes(jnp.abs(MAPS) + 0.1, boxes, (40, 50))
+    for one, heat, (y0, x0, y1, x1) in zip(MAPS, pasted, boxes, strict=True):
+        inside = np.zeros((40, 50), bool)
+        inside[y0:y1, x0:x1] = True
+        np.testing.assert_array_equal(heat > 0, inside)
+        # Cut out at the box's own size nothing is interpolated.
+        size = (int(y1 - y0), int(x1 - x0))
+        cut = crop_boxes(heat[None, ..., None], np.array([[y0, x0, y1, x1]]), size)[0, ..., 0]
+        expected = ops_maps.resize(jnp.abs(one)[None] + 0.1, size)[0]
+        np.testing.assert_allclose(cut, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("boxes", [BOXES, FRACTIONS[:2]], ids=["whole_numbers", "fractions"])
+def test_a_patch_that_is_pasted_lies_where_it_was_cut_out(boxes):
+    """On a ramp: the two conventions differ by half a pixel of the patch, and by no more."""
+    y, x = np.mgrid[:9, :12]
+    ramp = jnp.float32(np.stack([y + 0.1 * x] * len(boxes)))
+    patches = crop_boxes(ramp[..., None], boxes, (64, 64))[..., 0]
+    pasted = np.asarray(paste_boxes(patches, boxes, (9, 12)))
+    is_inside = np.asarray(paste_boxes(jnp.ones((len(boxes), 1, 1)), boxes, (9, 12))) == 1
+    assert np.abs(pasted - ramp)[is_inside].max() < 0.55 and not pasted[~is_inside].any()
+
+
+def test_a_pasted_box_that_leaves_the_image_is_an_error_or_under_jit_cut_off():
+    boxes = np.array([[-2, 1, 5, 6], [3, 4, 20, 13], [0, 0, 0, 0]])
+    with pytest.raises(ValueError, match=r"box 0 is .*inside of the image of 9 x 12 pixels"):
+        paste_boxes(MAPS, boxes, (9, 12))
+    cut = jax.jit(paste_boxes, static_argnums=2)(MAPS, boxes, (9, 12))
+    inside = np.array([[0, 1, 5, 6], [3, 4, 9, 12], [0, 0, 1, 1]])
+    np.testing.assert_allclose(cut, paste_boxes(MAPS, inside, (9, 12)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("maps", "boxes", "size", "message"),
+    [
+        (MAPS, BOXES[:2], (9, 12), r"one box .*\(2, 4\)"),
+        (MAPS[0], BOXES, (9, 12), r"maps \[n, h, w\]"),
+        (MAPS, BOXES, (9, 0), r"size is \(9, 0\)"),
+    ],
+    ids=["boxes", "maps", "size"],
+)
+def test_paste_of_other_shapes(maps, boxes, size, message):
+    with pytest.raises(ValueError, match=message):
+        paste_boxes(maps, boxes, size)
 
 
 def slow_percentile_box(large, percentile):

@@ -304,6 +304,25 @@ def test_a_crop_is_cut_from_the_larger_image():
     assert cost._batch(parts, 3)["image"].shape == (3, 16, 16, 3)
 
 
+def test_a_patch_costs_what_its_image_costs():
+    """No folder of boxes is needed; patch_source=whole is the same box, without being given."""
+    settings = config(**{"data.resize": "squash", "data.image_size": 16})
+    model = {"name": "two_stream", "backbone": "resnet", "steps": 2, "hidden": 4, "add_on": 0}
+    rows = []
+    for patch_source, folder in (("boxes", "no/such/folder"), ("whole", "")):
+        with settings.unlocked():
+            settings.model = {**model, "patch_source": patch_source, "patch_size": 8, "insert": {}}
+            settings.model.update({"stem": "small", "width": WIDTH, "stage_sizes": (1,)})
+            settings.data.patches = folder
+            settings.augment.crop_padding = 0
+            settings.losses = {"object": {"name": "cross_entropy", "tap": "object_head"}}
+        rows.append(cost.measure(create_parts(settings, 4), 4, with_time=False)["base"])
+    given, whole = rows
+    assert given["parameters"] == whole["parameters"]
+    for key in ("forward_flops", "training_flops"):
+        assert given[key] == pytest.approx(whole[key], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
