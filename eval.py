@@ -75,7 +75,7 @@ def print_table(metrics: dict[str, float]) -> None:
     """Print metrics, one per line."""
     width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"  {name:<{width}}  {value:>8{'d' if name.endswith('count') else '.4f'}}")
+        print(f"  {name:<{width}}  {value:>8{'d' if isinstance(value, int) else '.4f'}}")
 
 
 def main() -> None:

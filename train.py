@@ -151,7 +151,10 @@ def train(
                 watched = results[config.schedule.metric]
                 state = state.replace(opt_state=plateau_update(state.opt_state, watched))
             writer.write(step, results)
-            progress.say(step, "  ".join(f"{name} {value:.4g}" for name, value in results.items()))
+            # What some evaluators give of each attribute or layer stands in the file alone.
+            main = {name for evaluator in evaluators for name in evaluator.metric_names}
+            said = [f"{name} {value:.4g}" for name, value in results.items() if name in main]
+            progress.say(step, "  ".join(said))
             best.update(results)
             checkpoints.save(step, state, results)
             seconds = info["duration_s"] + time.monotonic() - started

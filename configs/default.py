@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
             "data": {
                 "name": "",  # TFDS name, with the config where there are several
                 "dir": "",  # of prepared sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+                "labels": "label",  # what is learnt: class ids, or "attributes", 0 or 1 each
                 "train_split": "train",
                 "batch_size": 128,  # of all devices and processes together
                 "eval_batch_size": 256,
@@ -42,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "cutmix": 0.0,
             },
             "losses": {  # {name: {"name": term, "weight": 1.0, **its options}}, see
-                "cross_entropy": {"name": "cross_entropy"},  # training/terms.py
+                "cross_entropy": {"name": "cross_entropy"},  # training/objective.py
             },
             "label_smoothing": 0.0,
             "model": {  # None: what the name stands for
@@ -157,7 +158,7 @@ def use_fine_shapes(config: ml_collections.ConfigDict) -> None:
 
 
 def use_fine_grained(config: ml_collections.ConfigDict, name: str) -> None:
-    """CUB-200-2011, Stanford Cars or FGVC-Aircraft, with images for validation.
+    """CUB-200-2011, Stanford Cars, Stanford Dogs or FGVC-Aircraft, with images for validation.
 
     Papers choose the epoch by the test set. Here it is a tenth of train, or the validation split of
     FGVC-Aircraft, and the test set is looked at once.

@@ -5,9 +5,15 @@
         --config.pretrained=vgg19.pth
     python train.py --config=configs/recursive_attention.py:dataset=fine_shapes,steps=4 ...
 
-`dataset` is cub200, stanford_cars, fgvc_aircraft or fine_shapes; `backbone` vgg19 or resnet50 (the
-first three sets); `steps` of the LSTM; `patches` boxes, cam, random or whole. With boxes,
-`--config.data.patches` is the folder of the authors' arrays (data/patches.py).
+`dataset` is cub200, stanford_cars, fgvc_aircraft or fine_shapes, or one that TFDS prepares by its
+name, caltech_birds2011 (the images of cub200) or stanford_dogs:
+
+    python tools/prepare_data.py stanford_dogs
+    python train.py --config=configs/recursive_attention.py:dataset=stanford_dogs ...
+
+`backbone` is vgg19 or resnet50 (not of fine_shapes); `steps` of the LSTM; `patches` boxes, cam,
+random or whole. With boxes, `--config.data.patches` is the folder of the authors' arrays
+(data/patches.py).
 
 Shroff et al. 2020 (arXiv 2005.10979), as in their code: images squashed to 448, patches 224, two
 VGG-19, 10 steps, batch 32, SGD with 0.001, x 0.1 at epochs 30 and 60, no augmentation, the sum of
@@ -25,7 +31,7 @@ import ml_collections
 
 from configs import default
 
-PHOTOS = ("cub200", "stanford_cars", "fgvc_aircraft")
+PHOTOS = ("cub200", "stanford_cars", "fgvc_aircraft", "caltech_birds2011", "stanford_dogs")
 CHOICES = {
     "dataset": (*PHOTOS, "fine_shapes"),
     "backbone": ("vgg19", "resnet50"),

@@ -5,9 +5,15 @@
         --config.pretrained=resnet50.pth
     python train.py --config=configs/recursive_zoom.py:dataset=fine_shapes,steps=2 ...
 
-`dataset` is cub200, stanford_cars, fgvc_aircraft or fine_shapes, `steps` how often the network
-looks. The method is ours (models/recursive_zoom.py), the recipe that of fine-tuning a ResNet-50 on
-448 pixels: SGD with 0.01 for what is new and a tenth of it for the backbone, cosine, 50 epochs.
+`dataset` is cub200, stanford_cars, fgvc_aircraft or fine_shapes, or one that TFDS prepares by its
+name, caltech_birds2011 (the images of cub200) or stanford_dogs:
+
+    python tools/prepare_data.py stanford_dogs
+    python train.py --config=configs/recursive_zoom.py:dataset=stanford_dogs ...
+
+`steps` is how often the network looks. The method is ours (models/recursive_zoom.py), the recipe
+that of fine-tuning a ResNet-50 on 448 pixels: SGD with 0.01 for what is new and a tenth of it for
+the backbone, cosine, 50 epochs.
 
 Hardware and time: one GPU for the photographs, not yet timed by us; fine_shapes on two CPU cores,
 minutes. Expected: not known yet; configs/suites/fine_grained.py compares on fine_shapes.

@@ -89,6 +89,19 @@ CASES: dict[str, tuple[list[str], int, str]] = {
         1,
         "unknown model 'resnet19'; did you mean 'resnet18'",
     ),
+    "softmax of attributes": (
+        [*TRAIN, "--config.data.labels=attributes"],
+        1,
+        "data.labels is attributes; set its name to binary_cross_entropy",
+    ),
+    "classes of attributes": (
+        [
+            *(*TRAIN, "--config.data.labels=attributes"),
+            "--config.losses.cross_entropy.name=binary_cross_entropy",
+        ],
+        1,
+        "the evaluator classify needs data.labels=label, and it is attributes",
+    ),
     "batch over devices": (
         [*TRAIN, "--config.data.batch_size=18"],
         1,
@@ -141,7 +154,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "unknown figure": (
         ["explain.py", "--workdir={run}", "--figure=wrap"],
         2,
-        "flag --figure=wrap: value should be one of <maps|warp|compare|steps>",
+        "flag --figure=wrap: value should be one of <maps|warp|compare|steps|",
     ),
     "comparison with nothing": (
         ["explain.py", "--workdir={run}", "--figure=compare", "--out={new}"],
@@ -156,7 +169,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "flag of another figure": (
         ["explain.py", "--workdir={run}", "--figure=warp", "--other_workdir={run}"],
         1,
-        "--other_workdir and --other_tap belong to --figure=compare",
+        "--figure=warp does not heed --other_workdir; leave it out (it is of: compare, robustness)",
     ),
     "several methods where one is taken": (
         ["explain.py", "--workdir={run}", "--figure=warp", "--method=rise,occlusion"],
@@ -166,7 +179,27 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "method where there is no choice": (
         ["explain.py", "--workdir={run}", "--figure=steps", "--method=rise", "--out={new}"],
         1,
-        "--figure=steps is Grad-CAM at every step",
+        "--figure=steps does not heed --method; leave it out (it is of: maps, warp, compare)",
+    ),
+    "split where no images are read": (
+        ["explain.py", "--workdir={run}", "--figure=robustness", "--count=2", "--out={new}"],
+        1,
+        "--figure=robustness does not heed --count",
+    ),
+    "attributes of a model without masks of them": (
+        ["explain.py", "--workdir={run}", "--figure=attributes", "--out={new}"],
+        1,
+        '--figure=attributes needs a model with masks of attributes, config.model.name="multi_chan',
+    ),
+    "robustness of a run not evaluated": (
+        ["explain.py", "--workdir={run}", "--figure=robustness", "--out={new}"],
+        1,
+        "has no eval.json; run: python eval.py --workdir=",
+    ),
+    "robustness of no run": (
+        ["explain.py", "--workdir={new}", "--figure=robustness", "--out={new}"],
+        1,
+        "holds no run (no config.json); train first",
     ),
     "unknown option of the warp": (
         ["explain.py", "--workdir={run}", "--figure=warp", "--option=flor=0.1", "--out={new}"],

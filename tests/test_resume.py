@@ -27,7 +27,7 @@ train.train(config, sys.argv[1], devices=train.jax.devices()[:1])
 """
 
 
-def config(cache) -> Any:
+def config(cache, labels) -> Any:
     """Everything on that has randomness or a memory."""
     base: Any = demo.get_config("tiny")
     base.model = {
@@ -50,6 +50,12 @@ def config(cache) -> Any:
     base.data.update({"cache": cache, "steps_per_call": 2})
     base.update({"total_steps": 6, "log_every_steps": 3, "eval_every_steps": 3, "ema_decay": 0.9})
     base.label_smoothing = 0.1
+    if labels == "attributes":
+        base.data.labels = labels
+        base.losses.cross_entropy.name = "binary_cross_entropy"
+        base.evals.validation.name = "attributes"
+        base.best_metric = "validation/average_precision"
+        base.schedule.update({"metric": base.best_metric})
     return base
 
 
@@ -59,13 +65,16 @@ def without_timing(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["host", "device"])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, cache, root):
+@pytest.mark.parametrize(
+    ("cache", "labels"), [("host", "label"), ("device", "label"), ("device", "attributes")]
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, cache, labels, root):
     one_device = jax.devices()[:1]
-    unkilled = train.train(config(cache), str(tmp_path / "unkilled"), devices=one_device)
+    settings = config(cache, labels)
+    unkilled = train.train(settings, str(tmp_path / "unkilled"), devices=one_device)
 
     killed = tmp_path / "killed"
-    before = train.train(config(cache), str(killed), devices=one_device, stop_at=3)
+    before = train.train(settings, str(killed), devices=one_device, stop_at=3)
     assert int(before.step) == 3
     # What a kill in the middle of step 5 and of a checkpoint leaves behind.
     stale = killed / "checkpoints" / "6.orbax-checkpoint-tmp"

@@ -6,7 +6,8 @@
 
 A table stands between `<!-- table NAME METRIC ... -->` and `<!-- end -->` in a Markdown file. For
 one run it has a row per metric; for a suite (tools/run_suite.py) a row per run, with the mean and
-the standard deviation over its seeds, and where there is a run `base`, of the differences to it.
+the standard deviation over its seeds, and where there is a run `base`, of the differences to it; a
+metric that a run does not have is left blank.
 """
 
 import argparse
@@ -100,10 +101,11 @@ def _suite_table(result: dict[str, Any], metrics: list[str]) -> str:
     for name, seeds in by_name.items():
         row = [name, str(len(seeds))]
         for metric in metrics:
-            row.append(_mean([run["metrics"][metric] for run in seeds.values()]))
+            known = {s: r["metrics"][metric] for s, r in seeds.items() if metric in r["metrics"]}
+            row.append(_mean(list(known.values())))
             if base:
-                pairs = [(run, base[seed]) for seed, run in seeds.items() if seed in base]
-                gains = [a["metrics"][metric] - b["metrics"][metric] for a, b in pairs]
+                of_base = {s: base[s]["metrics"].get(metric) for s in known if s in base}
+                gains = [known[s] - value for s, value in of_base.items() if value is not None]
                 row.append("" if name == "base" else _mean(gains, sign="+"))
         row.append(f"{statistics.median(r['training_s'] for r in seeds.values()) / 60:.1f}")
         rows.append(row)

@@ -5,6 +5,8 @@
 A suite is a file in configs/suites/. Each run has its own folder, WORKDIR/<run>_seed<seed>, on
 which eval.py and explain.py work. The same command goes on where it was stopped: train.py resumes
 what is unfinished, has nothing to do where a run is done, and refuses a folder of another config.
+Runs that the suite names as "tuned" go through tools/tune_masks.py as well: what it says of each
+transform is a further run, <run>_<transform>.
 results/<suite>.json holds every run that is done, after each of them; `python tools/make_tables.py`
 makes the tables.
 """
@@ -24,6 +26,7 @@ from attnzoom_jax.training.progress import format_duration
 from attnzoom_jax.training.workdir import MACHINE_KEYS, to_plain
 
 ROOT = pathlib.Path(__file__).parent.parent
+STUDY = "mask_study.json"
 
 
 def run_suite(
@@ -57,8 +60,13 @@ def run_suite(
         print(f"[{position}/{len(todo)}] {run}, seed {seed}: {folder}", flush=True)
         train, evaluate = commands(suite, run, seed, folder.resolve(), machine or {})
         _call(train)
-        if not _is_evaluated(folder, suite, seed):
+        is_done = _is_evaluated(folder, suite, seed)
+        if not is_done:
             _call(evaluate)
+        if run in suite.get("tuned", ()) and not _is_newer(folder / STUDY, folder / "eval.json"):
+            is_done = False
+            _call(["tools/tune_masks.py", f"--workdir={folder}"])
+        if not is_done:
             done_here += 1
             left = (time.monotonic() - began) / done_here * (len(todo) - position)
             print(f"[{position}/{len(todo)}] done, about {format_duration(left)} left", flush=True)
@@ -96,11 +104,16 @@ def _call(command: list[str]) -> None:
 def _is_evaluated(folder: pathlib.Path, suite: dict[str, Any], seed: int) -> bool:
     """Whether eval.json is of the finished run, and of what the suite asks for."""
     file = folder / "eval.json"
-    if not file.exists() or file.stat().st_mtime < (folder / "run.json").stat().st_mtime:
+    if not _is_newer(file, folder / "run.json"):
         return False
     found = json.loads(file.read_text())["overrides"]
     given = {key: value for key, value in found.items() if key not in (*MACHINE_KEYS, "platform")}
     return given == to_plain({**suite["overrides"], "seed": seed})
+
+
+def _is_newer(file: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether a file is there, and not older than another one."""
+    return file.exists() and file.stat().st_mtime >= other.stat().st_mtime
 
 
 def _write(
@@ -116,8 +129,16 @@ def _write(
         training = json.loads((folder / "run.json").read_text())
         keys = ("metrics", "step", "commit", "versions", "device_kind", "device_count", "cpu_count")
         kept = {key: evaluation[key] for key in keys}
-        runs.append({"run": run, "seed": seed, **kept, "training_s": training["duration_s"]})
-    content = {"suite": {**suite, "seeds": list(suite["seeds"])}, "runs": runs}
+        kept["seed"] = seed
+        runs.append({"run": run, **kept, "training_s": training["duration_s"]})
+        if run not in suite.get("tuned", ()):
+            continue
+        transforms = json.loads((folder / STUDY).read_text())["transforms"]
+        for name, one in transforms.items():
+            if name != "identity":  # nothing was trained for it
+                further = {**kept, "metrics": one["test"], "training_s": 0.0}
+                runs.append({"run": f"{run}_{name}", **further})
+    content = {"suite": to_plain(suite), "runs": runs}
     result.parent.mkdir(parents=True, exist_ok=True)
     unfinished = result.with_name(result.name + ".tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
 A folder holds `<split>_patches.npy`, [images, p, 5], each row (y0, y1, x0, x1, label), half-open,
 in pixels of the image squashed to 448 x 448. Row i belongs to image i of a folder of classes, with
-the files sorted by their paths. A prepared set keeps another order, so rows are found by the field
-`file_name`; the label says whether they were found rightly.
+the files sorted by their paths. A prepared set keeps another order, so rows are found by the name
+of the file, the field `file_name` (TFDS: `image/filename`); the label says whether rightly.
 
 Source: Shroff, Chen, Wei, Wang, "Focus Longer to See Better", CVPR Workshops 2020; layout as in the
 authors' published arrays.
@@ -16,29 +16,29 @@ from typing import Any
 
 import numpy as np
 
-from attnzoom_jax.data.source import Source, open_source
+from attnzoom_jax.data.source import Source, data_root, open_builder, open_source
 
 SIDE = 448  # of the image in which the boxes are given
+FILE_NAMES = ("file_name", "image/filename")  # the field, of our sets and of TFDS's
 
 
-def open_split(data: Any, *, split: str, fields: Sequence[str] = ("image", "label")) -> Source:
-    """Open a split of a config's data set, with the field `boxes` where `data.patches` is set.
+def add_boxes(source: Source, data: Any, *, split: str) -> Source:
+    """Give the examples of a split their boxes.
 
     Args:
-        data: the config's `data` section.
-        split: such as "train" or "train[:90%]".
-        fields: features to decode.
+        source: the split.
+        data: the config's `data` section, with `data.patches`.
+        split: what was opened, such as "train" or "train[:90%]".
 
     Returns:
-        The source; `boxes` is float32 [p, 4], (y0, x0, y1, x1) in pixels of the squashed image.
+        The source with the field `boxes`, float32 [p, 4], (y0, x0, y1, x1) in pixels of the
+        squashed image.
 
     Raises:
-        ValueError: as `open_source`; images that are not squashed, a file of boxes that is missing,
-            of another layout or of another set, or a box that leaves the image.
+        ValueError: images that are not squashed or have no file names, a sum of splits, a file of
+            boxes that is missing, of another layout or of another set, or a box that leaves the
+            image.
     """
-    source = open_source(data.name, split=split, data_dir=data.dir, fields=fields)
-    if not data.patches or "image" not in fields:
-        return source
     if data.resize != "squash" or data.crop_size:
         raise ValueError(
             f"data.patches are boxes in squashed images; set data.resize to squash (it is "
@@ -47,11 +47,17 @@ def open_split(data: Any, *, split: str, fields: Sequence[str] = ("image", "labe
     base = split.partition("[")[0]
     if "+" in split:
         raise ValueError(f"data.patches: expected one split or a slice of one, not {split!r}")
+    features: Any = open_builder(data.name, data_root(data.dir)).info.features
+    field = next((field for field in FILE_NAMES if field in features), None)
+    if field is None:
+        raise ValueError(
+            f"data.patches: images of {data.name} have no file names, by which boxes are found; "
+            f"expected a field {' or '.join(FILE_NAMES)}, there is: {', '.join(sorted(features))}"
+        )
 
     def names_of(split: str) -> list[tuple[str, int]]:
-        wanted = ("file_name", "label")
-        names = open_source(data.name, split=split, data_dir=data.dir, fields=wanted)
-        return [(_text(example["file_name"]), int(example["label"])) for example in names]
+        names = open_source(data.name, split=split, data_dir=data.dir, fields=(field, "label"))
+        return [(_text(example[field]), int(example["label"])) for example in names]
 
     file = pathlib.Path(data.patches).expanduser() / f"{base}_patches.npy"
     names = names_of(split)

@@ -47,7 +47,7 @@ class Source(Sequence[dict[str, Any]]):
 
     Attributes:
         name: data set and split, for messages.
-        class_names: one per class, in the order of the labels; empty without class labels.
+        class_names: one per class, in the order of the labels, or per attribute; empty without.
         image_shape: [h, w, 3]; h and w are None where they differ from image to image.
         examples: random access to dictionaries of NumPy arrays: `image` uint8 [h, w, 3], `label`,
             and the further fields that were asked for.

@@ -8,34 +8,54 @@ import flax.linen as nn
 from jax.sharding import Mesh
 
 from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.evaluation.attributes import Attributes
 from attnzoom_jax.evaluation.classify import Classify
 from attnzoom_jax.evaluation.localize import Localize
+from attnzoom_jax.evaluation.robustness import Robustness
+from attnzoom_jax.models import with_transform
 
-_EVALUATORS = {"classify": Classify, "localize": Localize}
+_EVALUATORS = {
+    "attributes": Attributes,
+    "classify": Classify,
+    "localize": Localize,
+    "robustness": Robustness,
+}
+# What the labels must be, where an evaluator takes one kind only.
+_LABELS = {"attributes": "attributes", "classify": "label", "localize": "label"}
 
 
 def create_evaluator(name: str, model: nn.Module, *, data: Any, mesh: Mesh, **options: Any) -> Any:
     """Build an evaluator by name.
 
     Args:
-        name: "classify" or "localize".
+        name: "attributes", "classify", "localize" or "robustness".
         model: what it evaluates.
         data: the config's `data` section.
         mesh: batches are split over it.
-        **options: arguments of the evaluator, `split` among them.
+        **options: arguments of the evaluator, `split` among them; and `transform`, to evaluate a
+            model with masks for each attribute with these transformed, see `ops.masks`.
 
     Returns:
         The evaluator.
 
     Raises:
-        ValueError: unknown name or option, with near matches.
+        ValueError: unknown name or option, with near matches; an evaluator of attributes where the
+            labels are classes, or the other way round.
     """
     if name not in _EVALUATORS:
         raise unknown_name("evaluator", name, _EVALUATORS)
+    if "transform" in options:
+        model = with_transform(model, options.pop("transform"))
     known = [p for p in inspect.signature(_EVALUATORS[name]).parameters if p not in ("model",)]
     for option in options:
         if option not in known:
             raise unknown_name(f"option of {name}", option, known)
+    expected = _LABELS.get(name)
+    if expected and data.get("labels", "label") != expected:
+        raise ValueError(
+            f"the evaluator {name} needs data.labels={expected}, and it is "
+            f"{data.get('labels', 'label')}; attributes are scored by the evaluator attributes"
+        )
     return _EVALUATORS[name](model, data=data, mesh=mesh, **options)
 
 

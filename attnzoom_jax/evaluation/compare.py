@@ -159,7 +159,7 @@ def compare(
     lots, kept, rows, room = [], [], [], collections.Counter(dict.fromkeys(BLOCKS, shown))
     for number, chunk in enumerate(say_progress(chunks, count, chunk_size)):
         start = number * chunk_size
-        targets = target_ids(target, chunk, len(this.class_names)) if target else chunk.labels
+        targets = target_ids(target, chunk, this.class_names) if target else chunk.labels
         results = [functions[0](chunk.images, targets, start)]
         results.append(functions[1](chunk.images, results[0]["targets"], start))
         maps: Arrays = dict(zip(SIDES, (result[method] for result in results), strict=True))

@@ -13,7 +13,8 @@ import numpy as np
 from attnzoom_jax.data.augment import center_crop
 from attnzoom_jax.data.image_file import read_image
 from attnzoom_jax.data.pipeline import Resize
-from attnzoom_jax.data.source import data_root, open_builder, open_source
+from attnzoom_jax.data.source import data_root, open_builder
+from attnzoom_jax.data.split import LABELS
 from attnzoom_jax.evaluation.maps import map_function, say_progress
 from attnzoom_jax.evaluation.restore import TrainedModel
 
@@ -27,7 +28,7 @@ class Examples:
     Attributes:
         names: one per image, for files.
         images: uint8 [n, h, w, 3], as the model takes them.
-        labels: class ids, -1 where unknown.
+        labels: class ids, -1 where unknown; or attributes, float [n, a], 0 or 1.
         rejected: files that are no images.
         masks: {field of the data set: bool [n, h, w]}, true inside; only where asked for.
     """
@@ -76,15 +77,21 @@ def from_split(trained: TrainedModel, split: str, count: int) -> Examples:
 
 
 def chunks_of_split(
-    trained: TrainedModel, split: str, *, chunk_size: int = 32, masks: Sequence[str] = ()
+    trained: TrainedModel,
+    split: str,
+    *,
+    chunk_size: int = 32,
+    masks: Sequence[str] = (),
+    most: int = 0,
 ) -> tuple[int, Iterator[Examples]]:
-    """A whole split in chunks, cropped as evaluation crops it.
+    """A split in chunks, cropped as evaluation crops it.
 
     Args:
         trained: the model, with its data set.
         split: of the data set.
         chunk_size: images per chunk; the last one may be smaller.
         masks: fields from `mask_fields`.
+        most: images, at even distances in a split that has more; 0: all of it.
 
     Returns:
         The number of images, and the chunks; each is read when it is asked for.
@@ -94,10 +101,11 @@ def chunks_of_split(
     """
     data = trained.config.data
     fields = ("image", "label", *masks)
-    source = open_source(data.name, split=split, data_dir=data.dir, fields=fields)
+    open_labelled = LABELS[data.get("labels", "label")]
+    source = open_labelled(data.name, split=split, data_dir=data.dir, fields=fields)
     resize = Resize(data.resize, data.image_size)
 
-    def read(indices: range) -> Examples:
+    def read(indices: Sequence[int]) -> Examples:
         examples = [source[i] for i in indices]
         inside = {
             name: [resize(_inside(name, e[name], e["image"]), is_mask=True) for e in examples]
@@ -108,14 +116,15 @@ def chunks_of_split(
         return Examples(
             names=[f"{split}_{i:05d}" for i in indices],
             images=center_crop(images, size=size),
-            labels=np.array([int(example["label"]) for example in examples]),
+            labels=np.array([example["label"] for example in examples]),
             rejected=[],
             masks={k: center_crop(np.stack(v), size=size)[..., 0] > 0 for k, v in inside.items()},
         )
 
-    whole = range(len(source))
-    starts = whole[::chunk_size]
-    return len(source), (read(whole[start : start + chunk_size]) for start in starts)
+    count = min(most or len(source), len(source))
+    whole = [i * len(source) // count for i in range(count)]
+    starts = range(0, count, chunk_size)
+    return count, (read(whole[start : start + chunk_size]) for start in starts)
 
 
 def mask_fields(trained: TrainedModel) -> list[str]:
@@ -195,29 +204,36 @@ def _unused(name: str, used: set[str]) -> str:
     return next(candidate for candidate in candidates if candidate not in used)
 
 
-def target_ids(target: str, examples: Examples, num_classes: int) -> np.ndarray:
-    """Class ids to explain; -1 stands for the predicted class.
+def target_ids(target: str, examples: Examples, class_names: Sequence[str]) -> np.ndarray:
+    """Ids of classes or attributes to explain; -1 stands for the predicted, strongest one.
 
     Args:
-        target: "predicted", "label" or a class id.
+        target: "predicted", "label", a name or an id.
         examples: the images.
-        num_classes: of the model.
+        class_names: of the model.
 
     Returns:
         int [n].
 
     Raises:
-        ValueError: something else, or labels where there are none.
+        ValueError: something else, or labels where there are none, or several per image.
     """
     if target == "predicted":
         return np.full(len(examples), -1)
+    if target == "label" and examples.labels.ndim == 2:
+        raise ValueError(
+            f"--class=label: an image has several attributes; name one, such as {class_names[0]}"
+        )
     if target == "label":
         if (examples.labels < 0).any():
             raise ValueError("--class=label needs labelled images; files have none")
         return examples.labels
-    if not target.isdigit() or int(target) >= num_classes:
+    if not target.isdigit() and target in class_names:  # a number is always an id
+        return np.full(len(examples), class_names.index(target))
+    if not target.isdigit() or int(target) >= len(class_names):
         raise ValueError(
-            f"--class={target!r}: expected predicted, label, or a class id below {num_classes}"
+            f"--class={target!r}: expected predicted, label, or a class id below "
+            f"{len(class_names)}, or a name, such as {class_names[0]}"
         )
     return np.full(len(examples), int(target))
 

@@ -48,10 +48,11 @@ def map_function(
 
     Returns:
         `(images uint8 [m, h, w, 3], targets int [m], start) -> {name: array [m, ...]}`: the raw map
-        of each method, the mask at each gate [m, h', w'], `predicted` [m], `probabilities` [m, k]
-        and `targets` [m], which are the predicted classes where -1 was given. With Excitation
-        Backprop also `absolute` and `dropped`, see `attribution.relevance_balance`. `start` is the
-        position of the chunk: methods that sample draw by it.
+        of each method, the mask at each gate [m, h', w'], `predicted` [m], the class or attribute
+        of the largest logit, `probabilities` [m, k] and `targets` [m], which are the predicted ones
+        where -1 was given. With Excitation Backprop also `absolute` and `dropped`, see
+        `attribution.relevance_balance`. `start` is the position of the chunk: methods that sample
+        draw by it.
 
     Raises:
         ValueError: unknown method or option.
@@ -145,6 +146,8 @@ def _explain_chunk(
     # Gradients in a loop are slow where the loop is compiled (see attribution/chunks.py).
     loops = [name for name in methods if takes(name, "samples") or takes(name, "steps")]
     data = trained.config.data
+    has_attributes = data.get("labels", "label") == "attributes"
+    to_probabilities = jax.nn.sigmoid if has_attributes else jax.nn.softmax
 
     @jax.jit
     def in_one_pass(variables: Any, images: Any, targets: Any, key: Any) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def _explain_chunk(
         return {
             **results,
             "predicted": logits.argmax(-1),
-            "probabilities": jax.nn.softmax(logits),
+            "probabilities": to_probabilities(logits),
             "targets": targets,
             **{name: mask[..., 0] for name, mask in masks.items()},
         }

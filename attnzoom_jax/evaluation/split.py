@@ -1,6 +1,6 @@
-"""A split as every evaluator needs it: each example once, as the model takes it, summed up."""
+"""A split as evaluators need it: each example once, as the model takes it, summed up or kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attnzoom_jax.data.augment import center_crop, normalize
-from attnzoom_jax.data.patches import open_split
 from attnzoom_jax.data.pipeline import Resize, eval_batches
-from attnzoom_jax.training.sharding import check_batch_size, prefetch
+from attnzoom_jax.data.source import Source
+from attnzoom_jax.data.split import open_split
+from attnzoom_jax.training.sharding import check_batch_size, prefetch, replicated
 
+Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
+Change = Callable[[Source], Source] | None
 
 
 class EvalSplit:
@@ -27,6 +30,10 @@ class EvalSplit:
         batch_sums: (variables, batch) -> {name: sum over the batch}; a pure function, jitted here.
             `batch["mask"]` is 1 for real examples and 0 for padding, which must count nothing.
 
+    Attributes:
+        source: the split.
+        batches: what goes once through the split, or through what a change makes of it.
+
     Raises:
         ValueError: data set not prepared, unknown split or field, a batch size that does not fit.
     """
@@ -38,34 +45,99 @@ class EvalSplit:
         split: str,
         mesh: Mesh,
         fields: Sequence[str],
-        batch_sums: Callable[[Any, dict[str, jax.Array]], Sums],
+        batch_sums: Callable[[Any, Batch], Sums],
     ) -> None:
-        check_batch_size(data.eval_batch_size, mesh, key="data.eval_batch_size")
-        self._data, self._mesh = data, mesh
-        self._source = open_split(data, split=split, fields=fields)
+        self.source, self.batches = _open_batches(data, split, mesh, fields)
 
-        def add(sums: Sums, variables: Any, batch: dict[str, jax.Array]) -> Sums:
+        def add(sums: Sums, variables: Any, batch: Batch) -> Sums:
             return jax.tree.map(jnp.add, sums, batch_sums(variables, batch))
 
         self._batch_sums, self._add = batch_sums, jax.jit(add)
 
-    def run(self, variables: Any) -> dict[str, Any]:
-        """The sums over the whole split, on the host."""
-        batches = eval_batches(
-            self._source,
-            batch_size=self._data.eval_batch_size,
-            resize=Resize(self._data.resize, self._data.image_size),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_threads=self._data.num_threads,
-        )
+    def run(self, variables: Any, change: Change = None) -> dict[str, Any]:
+        """The sums over the whole split, on the host.
+
+        Args:
+            variables: of the model.
+            change: of the split, such as a corruption of its images; None: as it is.
+
+        Returns:
+            {name: sum}.
+        """
         sums = None
-        for batch in prefetch(batches, self._mesh):
+        for batch in self.batches(change):
             if sums is None:  # zeros, so that one compiled program serves every batch
                 shapes = jax.eval_shape(self._batch_sums, variables, batch)
                 sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
             sums = self._add(sums, variables, batch)
         return jax.device_get(sums)
+
+
+class EvalExamples:
+    """Runs a function over the batches of a split and keeps what it returns of each example.
+
+    For what is no sum, such as a ranking of all examples. The values of the whole split lie in
+    memory, on every process: they should be few per example.
+
+    Args:
+        data: the config's `data` section.
+        split: of the data set.
+        mesh: batches are split over it.
+        fields: of the data set, `image` among them.
+        outputs: (variables, batch) -> {name: [n, ...]}; a pure function, jitted here.
+
+    Attributes:
+        source: the split.
+
+    Raises:
+        ValueError: data set not prepared, unknown split or field, a batch size that does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: Any,
+        split: str,
+        mesh: Mesh,
+        fields: Sequence[str],
+        outputs: Callable[[Any, Batch], dict[str, jax.Array]],
+    ) -> None:
+        self.source, self._batches = _open_batches(data, split, mesh, fields)
+
+        def with_mask(variables: Any, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
+            return outputs(variables, batch), batch["mask"]
+
+        # Whole on every device: a process could not read what lies on those of another one.
+        self._outputs = jax.jit(with_mask, out_shardings=replicated(mesh))
+
+    def run(self, variables: Any) -> dict[str, np.ndarray]:
+        """{name: [number of examples, ...]}, on the host, in the order of the split."""
+        parts = []
+        for batch in self._batches():
+            values, mask = jax.device_get(self._outputs(variables, batch))
+            parts.append({name: value[mask > 0] for name, value in values.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _open_batches(
+    data: Any, split: str, mesh: Mesh, fields: Sequence[str]
+) -> tuple[Source, Callable[..., Iterator[Batch]]]:
+    """A split, and what goes once through it or what a change makes of it, in batches."""
+    check_batch_size(data.eval_batch_size, mesh, key="data.eval_batch_size")
+    source = open_split(data, split=split, fields=fields)
+
+    def batches(change: Change = None) -> Iterator[Batch]:
+        local = eval_batches(
+            change(source) if change else source,
+            batch_size=data.eval_batch_size,
+            resize=Resize(data.resize, data.image_size),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=data.num_threads,
+        )
+        return prefetch(local, mesh)
+
+    return source, batches
 
 
 def to_input(images: jax.Array, data: Any) -> jax.Array:

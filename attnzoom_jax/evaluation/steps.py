@@ -58,7 +58,7 @@ def draw_steps(
         ValueError: a model without steps; unknown class; boxes that only the data set has.
     """
     look = jax.jit(_look_function(trained))
-    targets = target_ids(target, examples, len(trained.class_names))
+    targets = target_ids(target, examples, trained.class_names)
     chunks = []
     for start in range(0, len(examples), chunk_size):
         chunk = slice(start, start + chunk_size)

@@ -157,7 +157,7 @@ def draw_warps(
     results = compute_maps(
         trained,
         examples.images,
-        target_ids(target, examples, len(trained.class_names)),
+        target_ids(target, examples, trained.class_names),
         methods=[method] if method else [],
         options=of_method,
         tap=tap,

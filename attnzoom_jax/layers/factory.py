@@ -9,6 +9,7 @@ from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.layers.attention_zoom import AttentionZoom
 from attnzoom_jax.layers.cam_guided import CamGuidedAttention
 from attnzoom_jax.layers.channel_spatial import CBAM, ECA, SqueezeExcite
+from attnzoom_jax.layers.multi_channel import MultiChannelAttention
 from attnzoom_jax.layers.recursive import RecursiveAttention
 from attnzoom_jax.layers.zoom_warp import ZoomWarp
 
@@ -18,6 +19,7 @@ _LAYERS: dict[str, type[nn.Module]] = {
     "eca": ECA,
     "cbam": CBAM,
     "cam_guided": CamGuidedAttention,
+    "multi_channel": MultiChannelAttention,
     "recursive_attention": RecursiveAttention,  # of vectors [n, d], not maps
     "zoom_warp": ZoomWarp,
 }

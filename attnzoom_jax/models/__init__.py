@@ -1,5 +1,6 @@
 """Backbones, and what makes any linen CNN of them one with attention layers and named taps."""
 
+from attnzoom_jax.models.attribute import AttributeModel, with_transform
 from attnzoom_jax.models.factory import MODEL_NAMES, WRAPPER_NAMES, create_model
 from attnzoom_jax.models.features import Features
 from attnzoom_jax.models.fold import fold_batch_norm
@@ -12,6 +13,7 @@ from attnzoom_jax.models.two_stream import TwoStream
 __all__ = [
     "MODEL_NAMES",
     "WRAPPER_NAMES",
+    "AttributeModel",
     "Features",
     "Insert",
     "RecursiveZoom",
@@ -20,4 +22,5 @@ __all__ = [
     "create_model",
     "fold_batch_norm",
     "load_pretrained",
+    "with_transform",
 ]

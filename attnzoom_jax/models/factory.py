@@ -15,6 +15,7 @@ import flax.linen as nn
 
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.layers.factory import create_layer
+from attnzoom_jax.models.attribute import AttributeModel, attribute_model
 from attnzoom_jax.models.convnext import ConvNeXt
 from attnzoom_jax.models.densenet import DenseNet
 from attnzoom_jax.models.insert import Insert
@@ -79,6 +80,11 @@ MODEL_NAMES: tuple[str, ...] = tuple(_MODELS)
 
 # name: (call that wraps a backbone, its options, the backbone it takes if none is named).
 _WRAPPERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...], str]] = {
+    "multi_channel": (
+        attribute_model,
+        _fields(AttributeModel, "backbone", "attributes"),
+        "resnet18",
+    ),
     "recursive_zoom": (RecursiveZoom, _fields(RecursiveZoom, "backbone"), "resnet50"),
     "two_stream": (
         two_stream,
@@ -122,14 +128,17 @@ def create_model(
     Models around one of these take its name as the option `backbone`, and its options beside their
     own, which go first where both have one of a name:
 
-    | models         | class         | options                                                     |
-    |----------------|---------------|-------------------------------------------------------------|
-    | two_stream     | TwoStream     | backbone="vgg19", shared=False (one trunk for both), tap="" |
-    |                |               | (after the last stage), steps=10, hidden=512, aggregation,  |
-    |                |               | patch_source, eval_patch, patch_size=224, add_on=1024,      |
-    |                |               | object_weight=1.0                                           |
-    | recursive_zoom | RecursiveZoom | backbone="resnet50", steps=2, tap="stage4", attention,      |
-    |                |               | cells=31, fwhm=13.0, temperature=1.0, strength=1.0          |
+    | models         | class          | options                                                    |
+    |----------------|----------------|------------------------------------------------------------|
+    | multi_channel  | AttributeModel | backbone="resnet18", tap="stage4", granularity,            |
+    |                |                | application, transform, hidden, rank=8; num_classes is the |
+    |                |                | number of attributes                                       |
+    | recursive_zoom | RecursiveZoom  | backbone="resnet50", steps=2, tap="stage4", attention,     |
+    |                |                | cells=31, fwhm=13.0, temperature=1.0, strength=1.0         |
+    | two_stream     | TwoStream      | backbone="vgg19", shared=False (one trunk for both),       |
+    |                |                | tap="" (after the last stage), steps=10, hidden=512,       |
+    |                |                | aggregation, patch_source, eval_patch, patch_size=224,     |
+    |                |                | add_on=1024, object_weight=1.0                             |
 
     Args:
         name: one of MODEL_NAMES or WRAPPER_NAMES.

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from attnzoom_jax.data.auto_augment import POLICY_NAMES
-from attnzoom_jax.data.patches import extra_inputs, open_split
+from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.data.pipeline import Resize, check_one_size, check_train_batch
 from attnzoom_jax.data.source import Source
+from attnzoom_jax.data.split import open_split
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.models import create_model
+from attnzoom_jax.training.objective import create_terms, total_loss
 from attnzoom_jax.training.optimizer import create_optimizer
 from attnzoom_jax.training.schedule import create_schedule
 from attnzoom_jax.training.state import init_variables
 from attnzoom_jax.training.step import Recipe
-from attnzoom_jax.training.terms import create_terms, total_loss
+from attnzoom_jax.training.terms import CrossEntropy
 
 CACHES = ("host", "device")
 
@@ -87,7 +89,7 @@ def create_experiment(config: Any, *, source: Source | None = None) -> Experimen
     recipe = _recipe(config)
     _check_boxes(config)
     shape = (config.data.batch_size, *image_shape)
-    _check_losses(recipe, model, variables, shape, source, has_boxes=bool(config.data.patches))
+    _check_losses(recipe, model, variables, shape, source, config.data)
     return Experiment(
         source=source,
         resize=resize,
@@ -181,14 +183,20 @@ def _check_losses(
     variables: Any,
     shape: tuple[int, ...],
     source: Source,
-    has_boxes: bool,
+    data: Any,
 ) -> None:
-    """The taps that terms of the loss read must be there, with the shapes that they need."""
-    if not any(term.reads for term in recipe.losses.values()):
+    """Terms of the loss must fit the labels, and find taps with the shapes that they need."""
+    softmax = [name for name, term in recipe.losses.items() if isinstance(term, CrossEntropy)]
+    if data.labels == "attributes" and softmax:
+        raise ValueError(
+            f"losses.{softmax[0]} is a softmax over classes, of which an image has one, and "
+            "data.labels is attributes; set its name to binary_cross_entropy"
+        )
+    if all(term == CrossEntropy(weight=term.weight) for term in recipe.losses.values()):
         return
 
     # Only a set with boxes is read, for how many there are.
-    example = extra_inputs(source[0]) if has_boxes else {}
+    example = extra_inputs(source[0]) if data.patches else {}
     inputs = {k: jax.ShapeDtypeStruct((shape[0], *v.shape), v.dtype) for k, v in example.items()}
     loss = functools.partial(total_loss, recipe.losses, model, label_smoothing=0.0)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -20,7 +20,7 @@ class Forward:
     Attributes:
         fn: images -> logits, the same pass with the parameters held constant; outputs are taps.
         images: [n, h, w, c].
-        targets: float32 [n, k], rows that sum to 1.
+        targets: float32 [n, k], weights of the classes, or attributes.
         logits: [n, k].
         taps: {name: value} of what the terms read.
         label_smoothing: in [0, 1).

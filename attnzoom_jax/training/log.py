@@ -54,9 +54,10 @@ class TrainingLog:
         _stop_if_not_finite(sums, self.checkpoints)
         count = int(sums["steps"])
         terms = sorted(name for name in sums if name.startswith("loss/"))
-        names = ("loss", "top1", *terms)
+        score, said = ("top1", "top-1") if "top1" in sums else ("accuracy", "accuracy")
+        names = ("loss", score, *terms)
         values = {f"train/{name}": float(sums[name]) / count for name in names}
-        line = f"loss {values['train/loss']:.4f}  top-1 {values['train/top1']:.3f}"
+        line = f"loss {values['train/loss']:.4f}  {said} {values[f'train/{score}']:.3f}"
         values["train/grad_norm"] = float(sums["grad_norm"]) / count
         values["learning_rate"] = float(learning_rate)
         speed = self.progress.measure(step)

@@ -5,7 +5,15 @@ Softmax cross-entropy of logits z [n, k] with target weights q [n, k]:
     loss_n = - sum_k q_nk log softmax(z_n)_k
 
 Label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7) replaces q by (1 - s) q + s / k.
+
+Sigmoid cross-entropy of logits z [n, a] with targets y [n, a], with a weight w_k of what is there:
+
+    loss_n = - mean_k ( w_k y_nk log sigmoid(z_nk) + (1 - y_nk) log sigmoid(-z_nk) )
+
+An attribute is there or not, two classes: smoothing replaces y by (1 - s) y + s / 2.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +65,7 @@ def softmax_cross_entropy(
 
     Source: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}; expected a share in [0, 1)")
+    _check_smoothing(label_smoothing)
     if logits.ndim != 2 or logits.shape[0] != jnp.shape(targets)[0]:
         raise ValueError(
             f"logits have shape {logits.shape} and targets {jnp.shape(targets)}; "
@@ -68,3 +75,50 @@ def softmax_cross_entropy(
     if label_smoothing:
         weights = optax.smooth_labels(weights, label_smoothing)
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), weights)
+
+
+def sigmoid_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    positive_weight: float | Sequence[float] = 1.0,
+    label_smoothing: float = 0.0,
+) -> jax.Array:
+    """Sigmoid cross-entropy of each example, the mean over its attributes, computed in float32.
+
+    Args:
+        logits: [n, a], any float dtype.
+        targets: [n, a], 1 where the attribute is there and 0 where not; mixup: between.
+        positive_weight: w, above 0: one number for all attributes, or one for each.
+        label_smoothing: s in [0, 1), the share of every target that is spread over both cases.
+
+    Returns:
+        float32 [n], in nats.
+
+    Raises:
+        ValueError: wrong shapes, or `label_smoothing` outside [0, 1).
+
+    Source: smoothing, Szegedy et al. 2016 (arXiv 1512.00567), section 7, with two classes.
+    """
+    _check_smoothing(label_smoothing)
+    if logits.ndim != 2 or logits.shape != jnp.shape(targets):
+        raise ValueError(
+            f"logits have shape {logits.shape} and targets {jnp.shape(targets)}; expected [n, a] "
+            "for both, one logit and one target per attribute"
+        )
+    weight = jnp.asarray(positive_weight, jnp.float32)
+    if weight.shape not in ((), logits.shape[1:]):
+        raise ValueError(
+            f"positive_weight holds {weight.size} numbers and there are {logits.shape[1]} "
+            "attributes; expected one number, or one per attribute"
+        )
+    logits = logits.astype(jnp.float32)
+    targets = (1 - label_smoothing) * jnp.asarray(targets, jnp.float32) + label_smoothing / 2
+    there = targets * jax.nn.log_sigmoid(logits)
+    not_there = (1 - targets) * jax.nn.log_sigmoid(-logits)
+    return -(weight * there + not_there).mean(axis=1)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a share in [0, 1)")

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from attnzoom_jax.data import augment
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.training.losses import one_hot_targets
+from attnzoom_jax.training.objective import total_loss
 from attnzoom_jax.training.sharding import replicated, split_by_example
 from attnzoom_jax.training.state import TrainState
-from attnzoom_jax.training.terms import CrossEntropy, Term, total_loss
+from attnzoom_jax.training.terms import CrossEntropy, Term
 
 Metrics = dict[str, jax.Array]
 NO_STEP = np.iinfo(np.int32).max
@@ -70,10 +71,12 @@ def make_train_step(
 
     Returns:
         A pure function (state, batch) -> (state, metrics) with the batch {"image": uint8
-        [n, h, w, c], "label": int [n]} and what `extra_inputs` knows. Metrics are summed over
-        steps: `loss` and `top1` (means of the batch), `loss/<name>` of each term where there are
-        several (means of the batch before the weight), `grad_norm`, `steps` (1), and `bad_step`:
-        the first step, counted from 1, whose loss or update was not finite, else NO_STEP.
+        [n, h, w, c], "label": int [n], or of attributes float [n, k]} and what `extra_inputs`
+        knows. Metrics are summed over steps: `loss` and `top1`, or of attributes `accuracy`, the
+        share that the signs of the logits have right (means of the batch), `loss/<name>` of each
+        term where there are several (means of the batch before the weight), `grad_norm`, `steps`
+        (1), and `bad_step`: the first step, counted from 1, whose loss or update was not finite,
+        else NO_STEP.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -101,9 +104,13 @@ def make_train_step(
             ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
         # A finite loss may have an infinite gradient, and the checkpoint would hold the damage.
         is_good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+        if _score_name(batch["label"]) == "accuracy":
+            is_right = (logits > 0) == (targets > 0.5)
+        else:
+            is_right = logits.argmax(-1) == targets.argmax(-1)
         metrics = {
             "loss": loss,
-            "top1": jnp.mean(logits.argmax(-1) == targets.argmax(-1), dtype=jnp.float32),
+            _score_name(batch["label"]): jnp.mean(is_right, dtype=jnp.float32),
             "grad_norm": optax.tree.norm(grads),
             "steps": jnp.ones((), jnp.int32),
             "bad_step": jnp.where(is_good, NO_STEP, state.step + 1),
@@ -154,7 +161,8 @@ def jit_steps_on_device(train_step: Any, mesh: Mesh, *, losses: Iterable[str] = 
             state, new = train_step(state, batch)
             return state, add_metrics(metrics, new)
 
-        return jax.lax.fori_loop(0, count, one, (state, zero_metrics(losses)))
+        zeros = zero_metrics(losses, score=_score_name(split["label"]))
+        return jax.lax.fori_loop(0, count, one, (state, zeros))
 
     return jax.jit(
         run,
@@ -164,11 +172,11 @@ def jit_steps_on_device(train_step: Any, mesh: Mesh, *, losses: Iterable[str] = 
     )
 
 
-def zero_metrics(losses: Iterable[str] = ()) -> Metrics:
-    """The metrics of no step, for a loss with terms of these names."""
+def zero_metrics(losses: Iterable[str] = (), *, score: str = "top1") -> Metrics:
+    """The metrics of no step, for a loss with terms of these names; `score` may be "accuracy"."""
     return {
         "loss": jnp.zeros(()),
-        "top1": jnp.zeros(()),
+        score: jnp.zeros(()),
         "grad_norm": jnp.zeros(()),
         "steps": jnp.zeros((), jnp.int32),
         "bad_step": jnp.full((), NO_STEP, jnp.int32),
@@ -180,6 +188,11 @@ def add_metrics(a: Metrics, b: Metrics) -> Metrics:
     """The metrics of the steps of both."""
     total = jax.tree.map(jnp.add, a, b)
     return {**total, "bad_step": jnp.minimum(a["bad_step"], b["bad_step"])}
+
+
+def _score_name(label: jax.Array) -> str:
+    """What the share of right answers is called: of class ids [n], or of attributes [n, a]."""
+    return "top1" if label.ndim == 1 else "accuracy"
 
 
 def _part_names(losses: Iterable[str]) -> dict[str, str]:

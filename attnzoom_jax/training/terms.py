@@ -1,61 +1,20 @@
-"""The terms of a training loss, by name: `config.losses` = {its name: {"name": term, ...}}.
+"""Terms of a training loss that compare an output with its targets, or look at a mask alone.
 
-    loss = sum over terms of  weight * mean over the batch of the term's value per example
-
-| term             | value of an example                                                       |
-|------------------|---------------------------------------------------------------------------|
-| cross_entropy    | of the model's output, or of logits at a tap                              |
-| channel_guidance | distance of channel attention from the channel weights of Grad-CAM        |
-| guidance         | distance of a mask from an attribution map, any of attribution/methods.py |
-
-Taps are read in the forward pass that is trained: they have a gradient, and cost nothing, but that
-nn.remat around a tap is undone. What guides is held constant. It is computed in training mode too,
-from the value at its tap on, so that the backbone runs once, where all that follows looks at that
-tap; what reaches the output past it (a shortcut around a tap inside of a block) is computed a
-second time. Methods without a tap look at the image, and run the whole model again; those that
-change the image also change, in a norm over the batch, the statistics.
-
-A gradient in training mode is that of the sum over the batch: through a norm over the batch it
-holds what one image does to the others, as in the authors' code. Where linear maps alone follow the
-last such norm, only what differs between the classes of a batch is left: if all images have the
-same class the gradient is zero, and w uniform.
-
-channel_guidance, for the activations Y of a CamGuidedAttention layer, its attention a over the
-channels and the score y of a class before the softmax (Xu et al., MLSP 2021, as coded):
-
-    beta_c = mean_hw dy/dY_c,    w = softmax over channels (beta / temperature),    KL(a || w)
-
-guidance, for a map R and a mask S, both >= 0 and scaled to shares that sum to 1: the distance of S
-from R, such as KL(R || S). It carries the idea from channels over to any mask and any map, and is
-of no paper.
+Each gives one value per example; `training/objective.py` weights and adds them, and
+`training/guidance.py` has those that compare attention with attribution. The formulas of the
+cross-entropies are in `training/losses.py`.
 """
 
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import xlogy
 
-from attnzoom_jax.attribution.cam import gradients_at_taps
-from attnzoom_jax.attribution.methods import create_method, takes
-from attnzoom_jax.attribution.taps import INPUT
-from attnzoom_jax.attribution.targets import target_score
-from attnzoom_jax.errors import unknown_name
-from attnzoom_jax.ops import maps
-from attnzoom_jax.training.forward import Forward, run_forward
-from attnzoom_jax.training.losses import softmax_cross_entropy
-
-TARGETS = ("predicted", "label")
-DIRECTIONS = ("attention_to_cam", "cam_to_attention", "symmetric")
-PLACES = ("output", "input")
-REDUCTIONS = ("sum", "mean")
-DISTANCES = ("kl", "mse", "cosine")
-LEAST_SHARE = 1e-12  # of a mask, inside of a logarithm
+from attnzoom_jax.training.forward import Forward
+from attnzoom_jax.training.losses import sigmoid_cross_entropy, softmax_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +43,8 @@ class Term(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossEntropy(Term):
-    """Softmax cross-entropy.
-
-    Attributes:
-        tap: logits [n, k]; "" for the model's output.
-    """
+class _OfLogits(Term):
+    """A term of the model's output, or of logits at a tap."""
 
     tap: str = ""
 
@@ -98,287 +53,94 @@ class CrossEntropy(Term):
         """The tap, if there is one."""
         return tuple(filter(None, [self.tap]))
 
-    def __call__(self, forward: Forward) -> jax.Array:
-        """The cross-entropy of each example, [n]."""
+    def _logits(self, forward: Forward, name: str) -> jax.Array:
         logits = forward.taps[self.tap] if self.tap else forward.logits
         if logits.shape != forward.targets.shape:
             raise ValueError(
-                f"cross_entropy: {f'tap {self.tap!r}' if self.tap else 'the output'} has the shape "
+                f"{name}: {f'tap {self.tap!r}' if self.tap else 'the output'} has the shape "
                 f"{list(logits.shape)}; expected logits {list(forward.targets.shape)}"
             )
+        return logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossEntropy(_OfLogits):
+    """Softmax cross-entropy: each image is of one class.
+
+    Attributes:
+        tap: logits [n, k]; "" for the model's output.
+    """
+
+    def __call__(self, forward: Forward) -> jax.Array:
+        """The cross-entropy of each example, [n]."""
         return softmax_cross_entropy(
-            logits, forward.targets, label_smoothing=forward.label_smoothing
+            self._logits(forward, "cross_entropy"),
+            forward.targets,
+            label_smoothing=forward.label_smoothing,
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChannelGuidance(Term):
-    """Channel attention of a CamGuidedAttention layer towards the channel weights of Grad-CAM.
+class BinaryCrossEntropy(_OfLogits):
+    """Sigmoid cross-entropy, the mean over the attributes: each of them is there or not.
 
-    The defaults are those of the authors' code, except for an error in it that `faithful` repeats.
+    Class ids become vectors with a single 1.
 
     Attributes:
-        layer: path of the layer, as `list_taps` has it, such as `inserted/stage4`.
-        temperature: divides the pooled gradients before their softmax. They are small: at 1 that
-            softmax is nearly uniform, and so becomes the attention.
-        direction: "attention_to_cam" is KL(a || w), "cam_to_attention" KL(w || a), "symmetric" the
-            mean of both.
-        target: the class that is explained, "predicted" or "label" (under mixup, its weights).
-        at: the gradient is taken at the layer's "output" or at its "input".
-        reduction: "sum" over the batch, or "mean": the sum is n times as large.
-        faithful: also descend on the sum of the largest logits of the batch, with this term's
-            weight, as the published script does because it does not clear the gradients of its
-            first backward pass. The reported value does not hold it. Only with the other options at
-            their defaults.
+        tap: logits [n, a]; "" for the model's output.
+        positive_weight: how much more an attribute that is there counts than one that is not: one
+            number above 0 for all attributes, or a of them. Above 1 for rare attributes.
     """
 
-    layer: str
-    temperature: float = 1.0
-    direction: str = "attention_to_cam"
-    target: str = "predicted"
-    at: str = "output"
-    reduction: str = "sum"
-    faithful: bool = False
+    positive_weight: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        _check_choices(
-            direction=(self.direction, DIRECTIONS),
-            target=(self.target, TARGETS),
-            at=(self.at, PLACES),
-            reduction=(self.reduction, REDUCTIONS),
-        )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; expected a number above 0")
-        plain = ChannelGuidance(layer=self.layer, weight=self.weight) if self.faithful else None
-        if plain and dataclasses.replace(self, faithful=False) != plain:
+        given = self.positive_weight
+        weights = given if isinstance(given, tuple) else (given,)
+        if not weights or not all(_is_number(w) and w > 0 for w in weights):
             raise ValueError(
-                "faithful=True is the published script: leave temperature, direction, target, at "
-                "and reduction at their defaults, or set faithful=False"
+                f"positive_weight is {given!r}; expected a number above 0, such as 1.0, or a tuple "
+                "of them, one per attribute"
             )
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The logits of the attention, and where the gradient is taken."""
-        return self._logits, self._features
-
-    @property
-    def _logits(self) -> str:
-        return f"{self.layer}/channel_attention/fc2"
-
-    @property
-    def _features(self) -> str:
-        return self.layer if self.at == "output" else f"{self.layer}/input"
-
     def __call__(self, forward: Forward) -> jax.Array:
-        """The divergence of each example, [n]; n times it for the sum."""
-        cued, tap = forward.cued(self.target), self._features
-        found = gradients_at_taps(forward.fn_from(tap), forward.images, cued, taps=[tap])
-        beta = found[tap][1].mean(axis=(1, 2))  # [n, c]
-        log_w = jax.nn.log_softmax(beta / self.temperature)
-        log_a = jax.nn.log_softmax(forward.taps[self._logits])
-        to_cam, to_attention = _divergence(log_a, log_w), _divergence(log_w, log_a)
-        values = {
-            "attention_to_cam": to_cam,
-            "cam_to_attention": to_attention,
-            "symmetric": (to_cam + to_attention) / 2,
-        }[self.direction]
-        if self.faithful:
-            largest = target_score(forward.logits, cued)
-            values += largest - jax.lax.stop_gradient(largest)
-        return values * len(values) if self.reduction == "sum" else values
+        """The mean cross-entropy of each example, [n]."""
+        return sigmoid_cross_entropy(
+            self._logits(forward, "binary_cross_entropy"),
+            forward.targets,
+            positive_weight=self.positive_weight,
+            label_smoothing=forward.label_smoothing,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Guidance(Term):
-    """A mask towards an attribution map of the same pass.
-
-    The mask is averaged over its channels, the map brought to its grid; both are cut at zero and
-    scaled to shares that sum to 1. An example whose map or mask is zero everywhere has the value
-    0. The gradient flows into what makes the mask, and nowhere else.
+class Sparsity(Term):
+    """The mean of a mask without its sign: little attention, where little is needed.
 
     Attributes:
-        mask: tap [n, h, w, c], such as `inserted/stage2/gate`. Its places must be those of the
-            map: a map of a patch or of a zoomed view says nothing of a mask of the image.
-        method: name of an attribution method, from attribution/methods.py.
-        tap: where the map is taken; "" for a method that looks at the image.
-        target: the class that is explained, "predicted" or "label" (under mixup, its weights).
-        distance: "kl", KL(map || mask); "mse", the mean squared difference of map and mask, both
-            scaled to the mean 1, so that it does not depend on the grid; "cosine", 1 - cosine.
-        options: of the method.
+        mask: tap [n, ...] of any rank, such as `attention/gate`.
     """
 
     mask: str
-    method: str = "grad_cam"
-    tap: str = ""
-    target: str = "predicted"
-    distance: str = "kl"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        _check_choices(target=(self.target, TARGETS), distance=(self.distance, DISTANCES))
-        create_method(self.method, **self.options)
-        if takes(self.method, "tap") != bool(self.tap):
-            raise ValueError(
-                f"{self.method} explains the image; leave tap away"
-                if self.tap
-                else f"{self.method} explains a tap; set tap, such as 'backbone/stage3'"
-            )
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The mask, and where the map is taken."""
-        return (self.mask,) if self.tap in ("", INPUT) else (self.mask, self.tap)
+        """The mask."""
+        return (self.mask,)
 
     def __call__(self, forward: Forward) -> jax.Array:
-        """The distance of each example, [n]."""
-        mask = _spatial(self.mask, forward.taps[self.mask], len(forward.images))
-        if self.tap in forward.taps:
-            _spatial(self.tap, forward.taps[self.tap], len(forward.images))
-        found = create_method(self.method, **self.options)(
-            forward.fn_from(self.tap),
-            forward.images,
-            forward.cued(self.target),
-            tap=self.tap,
-            key=forward.key,
-        )
-        guide = maps.resize(maps.positive(found), (mask.shape[1], mask.shape[2]))
-        return _distance(maps.positive(mask), guide, self.distance)
-
-
-TERMS: dict[str, type[Term]] = {
-    "cross_entropy": CrossEntropy,
-    "channel_guidance": ChannelGuidance,
-    "guidance": Guidance,
-}
-
-
-def create_terms(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Term]:
-    """The terms that a config describes.
-
-    Args:
-        losses: {name: {"name": one of TERMS, **its options}}.
-
-    Returns:
-        {name: term}.
-
-    Raises:
-        ValueError: no term at all, unknown term or option, an option missing or out of range.
-    """
-    if not losses:
-        raise ValueError('losses is empty; expected {"cross_entropy": {"name": "cross_entropy"}}')
-    terms = {}
-    for key, given in losses.items():
-        if not isinstance(given, Mapping) or "name" not in given:
+        """The mean of each example's mask, [n]."""
+        mask, n = forward.taps[self.mask], len(forward.images)
+        if mask.ndim == 0 or len(mask) != n:
             raise ValueError(
-                f"losses.{key} is {given!r}; expected the name of a term and its options, such as "
-                '{"name": "cross_entropy", "weight": 1.0}'
+                f"sparsity: tap {self.mask!r} has the shape {list(mask.shape)}; expected "
+                f"[n, ...] with n = {n}"
             )
-        name, options = given["name"], {k: v for k, v in given.items() if k != "name"}
-        if name not in TERMS:
-            raise unknown_name(f"term losses.{key}.name", name, TERMS)
-        fields = {field.name: field for field in dataclasses.fields(TERMS[name])}
-        for option in options:
-            if option not in fields:
-                raise unknown_name(f"option of losses.{key}", option, fields)
-        for field in fields.values():
-            has_default = field.default_factory is field.default is dataclasses.MISSING
-            if has_default and field.name not in options:
-                raise ValueError(f"losses.{key} lacks {field.name}; it is the path of a tap")
-        try:
-            terms[key] = TERMS[name](**options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"losses.{key}: {error}") from error
-    return terms
+        return jnp.abs(mask.astype(jnp.float32)).mean(axis=tuple(range(1, mask.ndim)))
 
 
-def total_loss(
-    terms: Mapping[str, Term],
-    model: nn.Module,
-    variables: Any,
-    images: jax.Array,
-    targets: jax.Array,
-    *,
-    inputs: Mapping[str, jax.Array] | None = None,
-    label_smoothing: float,
-    key: jax.Array,
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array, Any]]:
-    """The loss of a batch, from one forward pass in training mode.
-
-    Args:
-        terms: {name: term}.
-        model: images [n, h, w, c] -> logits [n, k].
-        variables: {"params": ..., "batch_stats": ...}.
-        images: [n, h, w, c].
-        targets: float32 [n, k], rows that sum to 1.
-        inputs: what else the model is called with, see `data.patches.extra_inputs`.
-        label_smoothing: in [0, 1).
-        key: of dropout, and of methods that draw.
-
-    Returns:
-        The weighted sum of the terms; and {name: mean of the term over the batch, unweighted}, the
-        logits [n, k], the new `batch_stats`.
-
-    Raises:
-        ValueError: unknown tap, with near matches, or a tap of another shape than a term needs.
-    """
-    reads = list(dict.fromkeys(tap for term in terms.values() for tap in term.reads))
-    forward, batch_stats = run_forward(
-        model,
-        variables,
-        images,
-        targets,
-        inputs=inputs,
-        reads=reads,
-        label_smoothing=label_smoothing,
-        key=key,
-    )
-    means = {name: term(forward).mean() for name, term in terms.items()}
-    weighted = (term.weight * means[name] for name, term in terms.items())
-    loss = sum(weighted, start=jnp.zeros(()))
-    return loss, (means, forward.logits, batch_stats)
-
-
-def _check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
-    for option, (given, known) in choices.items():
-        if given not in known:
-            raise unknown_name(option, given, known)
-
-
-def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q) [n], of logarithms of distributions [n, c]."""
-    return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-
-
-def _spatial(tap: str, value: jax.Array, n: int) -> jax.Array:
-    """A tap as maps [n, h, w], the mean over its channels; raises where it has no extent."""
-    if value.ndim != 4 or len(value) != n or value.shape[1] * value.shape[2] == 1:
-        raise ValueError(
-            f"guidance: tap {tap!r} has the shape {list(value.shape)}; expected [n, h, w, c] with "
-            f"n = {n} and more than one position"
-        )
-    return value.mean(axis=-1)
-
-
-def _distance(mask: jax.Array, guide: jax.Array, distance: str) -> jax.Array:
-    """Distance of maps [n, h, w] >= 0 from others, as shares of the whole; 0 where one is empty."""
-    n, h, w = mask.shape
-    (m, no_mask), (g, no_guide) = (_shares(x.reshape(n, h * w)) for x in (mask, guide))  # [n, hw]
-    if distance == "kl":
-        values = (xlogy(g, g) - g * jnp.log(jnp.maximum(m, LEAST_SHARE))).sum(axis=-1)
-    elif distance == "mse":
-        values = jnp.square(h * w * (m - g)).mean(axis=-1)
-    else:
-        squares = (m * m).sum(axis=-1) * (g * g).sum(axis=-1)
-        values = 1 - (m * g).sum(axis=-1) * jax.lax.rsqrt(jnp.where(squares == 0, 1, squares))
-    return jnp.where(no_mask | no_guide, 0, values)
-
-
-def _shares(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each row divided by its sum, and which rows sum to zero."""
-    total = x.sum(axis=-1)
-    is_empty = total == 0
-    return x / jnp.where(is_empty, 1, total)[:, None], is_empty
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)

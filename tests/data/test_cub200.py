@@ -1,5 +1,6 @@
 """CUB-200-2011 from small archives in its layout, and from ten of its classes."""
 
+import types
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from attnzoom_jax.data.attributes import open_attributes
 from attnzoom_jax.data.datasets.archive import open_archive
 from attnzoom_jax.data.datasets.cub200 import ATTRIBUTES, CUB200
 from attnzoom_jax.data.source import open_source
+from attnzoom_jax.data.split import open_split
 from tests.attribution.imported_networks import DATA
 from tests.data import official_archives
 from tests.data.official_archives import photo, pixels, write
@@ -123,6 +126,36 @@ def test_names_are_in_the_metadata(folder, tmp_path):
     info: Any = tfds.builder_from_directory(tmp_path / "cub200" / "1.0.0").info
     assert info.metadata["part_names"] == list(PARTS)
     assert info.metadata["attribute_names"] == [f"has::{i}" for i in range(ATTRIBUTES)]
+
+
+def test_attributes_are_labels_where_they_are_asked_for(folder, tmp_path):
+    answers = add_image_attributes(folder)
+    official_archives.build("cub200", folder, tmp_path / "sets")
+    keys = {bird[0]: key for key, bird in BIRDS.items()}
+    settings = {"name": "cub200", "dir": str(tmp_path / "sets"), "patches": ""}
+    data = types.SimpleNamespace(**settings, labels="attributes")
+    source = open_split(data, split="train", fields=("label", "file_name", "attributes"))
+    assert source.class_names == tuple(f"has::{i}" for i in range(ATTRIBUTES))
+    assert len(source) == 2
+    for example in source:
+        key = keys[example["file_name"].decode()]
+        np.testing.assert_array_equal(example["label"], answers[key][:, 0])
+        np.testing.assert_array_equal(example["attributes"], answers[key][:, 0])
+        assert example["label"].dtype == np.float32
+
+
+def test_names_that_are_not_as_many_as_the_attributes(folder, tmp_path):
+    add_image_attributes(folder)
+    write(folder / "attributes.txt", ["1 has::beak"])
+    official_archives.build("cub200", folder, tmp_path / "sets")
+    with pytest.raises(ValueError, match="cub200 has 312 attributes, and 1 names for them"):
+        open_attributes("cub200", split="train", data_dir=str(tmp_path / "sets"))
+
+
+def test_an_archive_without_attributes_of_images(folder, tmp_path):
+    official_archives.build("cub200", folder, tmp_path)
+    with pytest.raises(ValueError, match=r"cub200 has none .* fields are box, class_attributes"):
+        open_attributes("cub200", split="train", data_dir=str(tmp_path))
 
 
 def test_what_is_optional(folder):

@@ -5,8 +5,10 @@ import types
 import numpy as np
 import pytest
 
-from attnzoom_jax.data import patches
 from attnzoom_jax.data.datasets import image_folder
+from attnzoom_jax.data.pipeline import Resize, train_batches
+from attnzoom_jax.data.split import open_split
+from tests.data import tfds_sets
 from tests.data.official_archives import photo
 
 
@@ -27,6 +29,7 @@ def prepared(tmp_path):
 
 def data(tmp_path, **changes):
     settings = {"name": "photos", "dir": str(tmp_path / "sets"), "patches": str(tmp_path)}
+    settings["labels"] = "label"
     settings |= {"resize": "squash", "image_size": 224, "crop_size": 0}
     return types.SimpleNamespace(**{**settings, **changes})
 
@@ -35,7 +38,7 @@ def data(tmp_path, **changes):
 def test_every_image_has_its_own_boxes_in_its_own_pixels(prepared, split):
     tmp_path, paths, rows = prepared
     fields = ("image", "label", "file_name")
-    source = patches.open_split(data(tmp_path), split=split, fields=fields)
+    source = open_split(data(tmp_path), split=split, fields=fields)
     assert len(source) < 12 or split == "train"
     for example in source:
         name = example["file_name"].decode()
@@ -46,7 +49,7 @@ def test_every_image_has_its_own_boxes_in_its_own_pixels(prepared, split):
 
 
 def test_without_patches_nothing_is_added(prepared):
-    source = patches.open_split(data(prepared[0], patches=""), split="train")
+    source = open_split(data(prepared[0], patches=""), split="train")
     assert set(source[0]) == {"image", "label"}
 
 
@@ -65,7 +68,7 @@ def test_bad_boxes_are_named(prepared, column, value, message):
     rows[3, 0, column] = value
     np.save(tmp_path / "train_patches.npy", rows)
     with pytest.raises(ValueError, match=message):
-        patches.open_split(data(tmp_path), split="train")
+        open_split(data(tmp_path), split="train")
 
 
 def test_other_layouts_are_named(prepared):
@@ -73,13 +76,41 @@ def test_other_layouts_are_named(prepared):
     for array, message in ((rows[:, :, :4], "shape .*expected .*5"), (rows[1:], "11 images")):
         np.save(tmp_path / "train_patches.npy", array)
         with pytest.raises(ValueError, match=message):
-            patches.open_split(data(tmp_path), split="train")
+            open_split(data(tmp_path), split="train")
     (tmp_path / "train_patches.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match="cannot be read as an array of boxes"):
-        patches.open_split(data(tmp_path), split="train")
+        open_split(data(tmp_path), split="train")
 
 
 @pytest.mark.parametrize("changes", [{"resize": "crop"}, {"crop_size": 128}])
 def test_images_that_are_not_squashed_are_refused(prepared, changes):
     with pytest.raises(ValueError, match=r"set data\.resize to squash .*data\.crop_size to 0"):
-        patches.open_split(data(prepared[0], **changes), split="train")
+        open_split(data(prepared[0], **changes), split="train")
+
+
+@pytest.mark.parametrize("name", ["caltech_birds2011", "stanford_dogs"])
+def test_boxes_find_the_images_of_sets_of_tfds(tmp_path, name):
+    tfds_sets.prepare_photos(name, tmp_path / "sets", count=12)
+    examples = tfds_sets.birds(12) if name == "caltech_birds2011" else tfds_sets.dogs(12)
+    paths = sorted(example["image/filename"] for example in examples)
+    classes = sorted({path.split("/")[-2] for path in paths})
+    rows = [[[i, i + 10, 2 * i, 448, classes.index(p.split("/")[-2])]] for i, p in enumerate(paths)]
+    np.save(tmp_path / "train_patches.npy", np.array(rows))
+    settings = data(tmp_path, name=name)
+    source = open_split(settings, split="train[:9]", fields=("image", "label", "image/filename"))
+    for example in source:
+        i = paths.index(example["image/filename"].decode())
+        np.testing.assert_array_equal(example["boxes"], [[i / 2, i, i / 2 + 5, 224]])
+        assert example["label"] == rows[i][0][4]
+    resize = Resize("squash", 224)
+    source = open_split(settings, split="train[:9]")
+    batch = next(train_batches(source, batch_size=4, seed=0, resize=resize, num_threads=0))
+    assert batch["image"].shape == (4, 224, 224, 3) and batch["boxes"].shape == (4, 1, 4)
+
+
+def test_a_set_without_file_names_is_told(shapes_dir, tmp_path):
+    settings = data(tmp_path, name="fine_shapes/mini", dir=shapes_dir)
+    with pytest.raises(
+        ValueError, match=r"fine_shapes/mini have no file names.* there is: attribute_bits,"
+    ):
+        open_split(settings, split="train")

@@ -88,9 +88,12 @@ def test_the_first_right_and_the_first_wrong_ones(trained, count, capsys):
 
 def test_classes_to_explain(trained):
     few = examples.from_split(trained, "test", 3)
-    assert examples.target_ids("predicted", few, 16).tolist() == [-1, -1, -1]
-    np.testing.assert_array_equal(examples.target_ids("label", few, 16), few.labels)
-    assert examples.target_ids("15", few, 16).tolist() == [15] * 3
+    names = trained.class_names
+    assert examples.target_ids("predicted", few, names).tolist() == [-1, -1, -1]
+    np.testing.assert_array_equal(examples.target_ids("label", few, names), few.labels)
+    assert examples.target_ids("15", few, names).tolist() == [15] * 3
+    assert examples.target_ids(names[7], few, names).tolist() == [7] * 3
+    assert examples.target_ids("2", few, ["2", "1", "0"]).tolist() == [2] * 3  # an id, no name
     for target in ("16", "cat", "-1"):
         with pytest.raises(ValueError, match="expected predicted, label, or a class id below 16"):
-            examples.target_ids(target, few, 16)
+            examples.target_ids(target, few, names)

@@ -46,6 +46,17 @@ PUBLISHED = {
     "mobilenet_v1": (1000, 4_231_976),
     "mobilenet_v2": (1000, 3_504_872),
     "convnext_tiny": (1000, 28_589_128),
+    # ResNet-18 without its head; convolution and norm of the masks, both layers of 40 sub-networks
+    # of 8 channels, 40 heads.
+    "multi_channel": (
+        40,
+        11_689_512
+        - 1000 * 513
+        + (9 * 512 * 512 + 2 * 512)
+        + (512 * 320 + 320)
+        + (40 * 8 * 512 + 40 * 512)
+        + 40 * 513,
+    ),
     # ResNet-50, and a number per channel for the attention and for the weights of the steps.
     "recursive_zoom": (1000, 25_557_032 + 2 * 2048),
     "two_stream": (200, 46_134_289),  # from the layers of the authors' code

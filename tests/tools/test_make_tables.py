@@ -80,3 +80,18 @@ def test_the_table_of_a_suite_has_means_spreads_and_differences_per_seed(tmp_pat
     assert "| base | 2 | 0.2500 ± 0.0000 |  | 1.5 |" in text
     assert "`--config.model.width=16`" in text and "abcdefabcdef," in text
     assert make_tables.write_tables(text, root=tmp_path) == text
+
+
+def test_a_metric_that_a_run_does_not_have_is_blank(tmp_path):
+    facts = {"commit": "c", "versions": {"jax": "0"}, "device_kind": "cpu"}
+    facts |= {"device_count": 1, "cpu_count": 2, "training_s": 60.0, "seed": 0}
+    runs = [
+        {"run": "base", "metrics": {"a": 0.5}, **facts},
+        {"run": "masks", "metrics": {"a": 0.75, "b": 0.25}, **facts},
+    ]
+    (tmp_path / "results").mkdir()
+    content = {"suite": {"overrides": {}}, "runs": runs}
+    (tmp_path / "results" / "s.json").write_text(json.dumps(content))
+    text = make_tables.write_tables("<!-- table s a b -->\n<!-- end -->", tmp_path)
+    assert "| base | 1 | 0.5000 |  |  |  | 1.0 |" in text
+    assert "| masks | 1 | 0.7500 | +0.2500 | 0.2500 |  | 1.0 |" in text

@@ -77,6 +77,33 @@ def test_goes_on_where_it_stopped_and_writes_every_run(suite, tmp_path):
     ]
 
 
+def test_tuned_runs_are_tuned_once_and_give_further_runs(suite, monkeypatch, tmp_path):
+    loaded = run_suite.load_suite("s")
+    monkeypatch.setattr(run_suite, "load_suite", lambda name: {**loaded, "tuned": ("zoom",)})
+    train_and_evaluate, tuned = run_suite._call, []
+
+    def programme(command):
+        if command[0] != "tools/tune_masks.py":
+            return train_and_evaluate(command)
+        folder = pathlib.Path(command[1].partition("=")[2])
+        tuned.append(folder.name)
+        of_power = {"chosen": [{"name": "power"}], "test": {"test/top1": 0.9}}
+        study = {"identity": {"chosen": None, "test": {}}, "power": of_power}
+        (folder / "mask_study.json").write_text(json.dumps({"transforms": study}))
+
+    monkeypatch.setattr(run_suite, "_call", programme)
+    for _ in range(2):
+        result = run_suite.run_suite("s", tmp_path / "runs", results=tmp_path / "results")
+    assert tuned == ["zoom_seed0", "zoom_seed7"]
+    runs = json.loads(result.read_text())["runs"]
+    assert [(r["run"], r["seed"], r["metrics"]["test/top1"]) for r in runs[:3]] == [
+        ("base", 0, 0.0),
+        ("zoom", 0, 0.0),
+        ("zoom_power", 0, 0.9),
+    ]
+    assert [r["training_s"] for r in runs[:3]] == [2.0, 2.0, 0.0]
+
+
 def test_commands_are_what_a_person_would_type(tmp_path):
     suite = {"runs": {"zoom": "configs/z.py:tiny"}, "overrides": {"model.width": 16}}
     train, evaluate = run_suite.commands(suite, "zoom", 3, tmp_path, {"data.dir": "/data"})

@@ -18,8 +18,8 @@ from attnzoom_jax.models import Insert, bind
 from attnzoom_jax.training import sharding, step
 from attnzoom_jax.training.experiment import create_experiment
 from attnzoom_jax.training.forward import Forward
+from attnzoom_jax.training.objective import create_terms, total_loss
 from attnzoom_jax.training.state import create_state, init_variables
-from attnzoom_jax.training.terms import create_terms, total_loss
 from attnzoom_jax.training.writer import read_metrics
 from configs import demo
 

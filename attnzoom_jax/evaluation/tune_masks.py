@@ -1,0 +1,151 @@
+"""Which intentional transformation of its masks serves each attribute best, on validation images.
+
+Candidates are the transforms of ops/masks.py over a grid of their parameters. An attribute's masks
+act on its own logit alone, so that all attributes are scored in one pass per candidate, and each
+takes its own. With a single label the classes' logits compete, and all take the same.
+
+    score_k = (balanced accuracy of k on clean images + mean of it over the corruptions) / 2
+
+With a single label the accuracy takes its place. Of equal scores the identity is taken, then the
+first of the grid.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from attnzoom_jax import attribution
+from attnzoom_jax.attribution.program import Known
+from attnzoom_jax.data.patches import extra_inputs
+from attnzoom_jax.evaluation.attributes import gate_of
+from attnzoom_jax.evaluation.maps import say_progress
+from attnzoom_jax.evaluation.restore import TrainedModel
+from attnzoom_jax.evaluation.robustness import corrupted
+from attnzoom_jax.evaluation.split import Batch, EvalSplit, Sums, to_input
+from attnzoom_jax.metrics.attributes import attribute_sums
+from attnzoom_jax.metrics.classification import classification_sums
+from attnzoom_jax.models import bind, with_transform
+from attnzoom_jax.models.insert import train_argument
+from attnzoom_jax.ops.masks import transform_masks
+
+GRID: dict[str, dict[str, tuple[float, ...]]] = {
+    "power": {"exponent": (0.25, 0.5, 1.5, 2.0, 3.0, 5.0)},
+    "contrast": {"slope": (4.0, 10.0), "center": (0.3, 0.5, 0.7)},
+    "soft_threshold": {"threshold": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},
+    "hard_threshold": {"threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)},
+    "gain": {"amount": (0.25, 0.5, 0.75, 1.0)},
+    "saturation": {"threshold": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)},
+}
+IDENTITY = {"name": "identity"}
+
+
+def tune_masks(
+    trained: TrainedModel,
+    *,
+    split: str,
+    mesh: Mesh,
+    corruptions: Sequence[str],
+    level: int = 3,
+    seed: int = 0,
+    grid: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> dict[str, Any]:
+    """Score every candidate on a split, and choose.
+
+    Args:
+        trained: a model with masks for each attribute, without a transform.
+        split: of validation images.
+        mesh: batches are split over it.
+        corruptions: names in data.corruptions.CORRUPTIONS, at least one.
+        level: of the corruptions, 1..5.
+        seed: of the corruptions.
+        grid: {transform: {parameter: values}}; None: GRID.
+
+    Returns:
+        The study, as JSON takes it: "split", "conditions", "attributes" (one name, "all", with a
+        single label), "identity" [a], the scores without a transform, and "transforms", {name:
+        {"candidates": [transform], "scores": [candidates][a], "chosen": [transform of each
+        attribute], "score": mean over the attributes}}, with "best" for the best of all of them.
+
+    Raises:
+        ValueError: a model without masks, or with a transform already; unknown corruption or split.
+    """
+    if with_transform(trained.model, None) != trained.model:
+        raise ValueError("the model has a transform already; train with model.transform=None")
+    data = trained.config.data
+    has_attributes = getattr(data, "labels", "label") == "attributes"
+    candidates = [IDENTITY, *_candidates(GRID if grid is None else grid)]
+
+    def batch_sums(variables: Any, batch: Batch) -> Sums:
+        images = to_input(batch["image"], data)
+        inputs = {**extra_inputs(batch), **train_argument(trained.model, False)}
+        fn = bind(trained.model, variables, **inputs)
+        gate = gate_of(attribution.list_taps(fn, images))
+        _, taps = attribution.read_taps(fn, images, [gate])
+        score = attribute_sums if has_attributes else classification_sums
+        sums = {}
+        for i, candidate in enumerate(candidates):
+            masks = transform_masks(taps[gate], candidate)
+            logits, _ = attribution.read_taps(Known(fn, {gate: masks}), images, [])
+            sums[str(i)] = score(logits, batch["label"], batch["mask"])
+        return sums
+
+    evaluated = EvalSplit(
+        data=data, split=split, mesh=mesh, fields=("image", "label"), batch_sums=batch_sums
+    )
+    count, conditions = len(evaluated.source), ["clean", *corruptions]
+    scores = []
+    for name in say_progress(conditions, count * len(conditions), count):
+
+        def change(source: Any, name: str = name) -> Any:
+            return source if name == "clean" else corrupted(source, data, name, level, seed=seed)
+
+        sums: Any = evaluated.run(trained.variables, change)
+        scores.append([_accuracy(sums[str(i)]) for i in range(len(candidates))])
+    clean, rest = np.array(scores[0]), np.array(scores[1:])  # [candidates, a or 1]
+    score = (clean + rest.mean(axis=0)) / 2
+    return {
+        "split": split,
+        "conditions": ["clean", *(f"{name}_{level}" for name in corruptions)],
+        "attributes": list(trained.class_names) if has_attributes else ["all"],
+        "identity": [v if np.isfinite(v) else None for v in score[0].tolist()],
+        "transforms": _choose(candidates, score),
+    }
+
+
+def _candidates(grid: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, **dict(zip(values, point, strict=True))}
+        for name, values in grid.items()
+        for point in itertools.product(*values.values())
+    ]
+
+
+def _accuracy(sums: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Balanced accuracy [a], NaN where all examples or none have the attribute; accuracy [1]."""
+    if "top1" in sums:
+        return np.array([sums["top1"] / sums["count"]])
+    with np.errstate(invalid="ignore"):
+        of_true = sums["true_positives"] / sums["positives"]
+        return (of_true + sums["true_negatives"] / sums["negatives"]) / 2
+
+
+def _choose(candidates: Sequence[Mapping[str, Any]], score: np.ndarray) -> dict[str, Any]:
+    """The best candidate of every attribute, within each transform and among all."""
+    found = {}
+    names = list(dict.fromkeys(candidate["name"] for candidate in candidates[1:]))
+    for name in [*names, "best"]:
+        rows = [0, *(i for i, c in enumerate(candidates) if i and name in (c["name"], "best"))]
+        own = np.where(np.isnan(score[rows]), -np.inf, score[rows])  # the identity comes first
+        chosen = own.argmax(axis=0)
+        best = own.max(axis=0)
+        found[name] = {
+            "candidates": [dict(candidates[i]) for i in rows],
+            "scores": [[v if np.isfinite(v) else None for v in row] for row in own.tolist()],
+            "chosen": [dict(candidates[rows[k]]) for k in chosen],
+            "score": float(best[np.isfinite(best)].mean()),
+        }
+    del found["best"]["candidates"], found["best"]["scores"]  # those of all the others
+    return found
