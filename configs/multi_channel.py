@@ -46,7 +46,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         config.model.update({"backbone": "resnet10", "stem": "small", "width": 16})
         config.model.tap = "stage3"
         robustness |= {"levels": (1, 3, 5), "linf": (2 / 255,), "l2": (), "steps": 10}
-        robustness |= {"queries": 100, "count": 500, "attack_count": 100}
+        robustness |= {"queries": 100, "count": 250, "attack_count": 100}
         if rest:
             robustness |= {"corruptions": ("contrast",), "levels": (3,), "steps": 2, "queries": 2}
             robustness |= {"count": 16, "attack_count": 16}

@@ -65,7 +65,7 @@ def run_suite(
             _call(evaluate)
         if run in suite.get("tuned", ()) and not _is_newer(folder / STUDY, folder / "eval.json"):
             is_done = False
-            _call(["tools/tune_masks.py", f"--workdir={folder}"])
+            _call(["tools/tune_masks.py", f"--workdir={folder.resolve()}"])
         if not is_done:
             done_here += 1
             left = (time.monotonic() - began) / done_here * (len(todo) - position)

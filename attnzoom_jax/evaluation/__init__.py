@@ -13,6 +13,7 @@ from attnzoom_jax.evaluation.classify import Classify
 from attnzoom_jax.evaluation.localize import Localize
 from attnzoom_jax.evaluation.robustness import Robustness
 from attnzoom_jax.models import with_transform
+from attnzoom_jax.training.workdir import to_plain
 
 _EVALUATORS = {
     "attributes": Attributes,
@@ -45,7 +46,8 @@ def create_evaluator(name: str, model: nn.Module, *, data: Any, mesh: Mesh, **op
     if name not in _EVALUATORS:
         raise unknown_name("evaluator", name, _EVALUATORS)
     if "transform" in options:
-        model = with_transform(model, options.pop("transform"))
+        # Plain: a config holds a ConfigDict, which is no Mapping.
+        model = with_transform(model, to_plain(options.pop("transform")))
     known = [p for p in inspect.signature(_EVALUATORS[name]).parameters if p not in ("model",)]
     for option in options:
         if option not in known:

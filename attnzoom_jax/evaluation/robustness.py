@@ -87,6 +87,10 @@ class Robustness:
         transfer_from: str = "",
     ) -> None:
         self.prefix, self._data, self._seed = prefix or split, data, seed
+        given = {"corruptions": corruptions, "levels": levels, "attacks": attacks}
+        for option, values in (given | {"linf": linf, "l2": l2}).items():
+            if not isinstance(values, list | tuple):
+                raise ValueError(f"{option} is {values!r}; expected a tuple, such as ({values!r},)")
         self._steps, self._queries = steps, queries
         self._attacks = tuple(attacks)
         self._settings = [("linf", epsilon) for epsilon in linf] + [("l2", e) for e in l2]
@@ -150,7 +154,7 @@ class Robustness:
         return {f"{self.prefix}/{name}": metrics[name] for name in self._names()}
 
     def _names(self) -> list[str]:
-        has_attributes = self._data.labels == "attributes"
+        has_attributes = self._data.get("labels", "label") == "attributes"  # as in open_split
         names = ["count"]
         for score in ("accuracy", "balanced_accuracy") if has_attributes else ("accuracy",):
             names += [f"clean_{score}"]

@@ -2,12 +2,13 @@
 
 Candidates are the transforms of ops/masks.py over a grid of their parameters. An attribute's masks
 act on its own logit alone, so that all attributes are scored in one pass per candidate, and each
-takes its own. With a single label the classes' logits compete, and all take the same.
+takes its own. With a single label the classes' logits compete, and all take the same; so they do
+where there is a single mask for all attributes.
 
     score_k = (balanced accuracy of k on clean images + mean of it over the corruptions) / 2
 
-With a single label the accuracy takes its place. Of equal scores the identity is taken, then the
-first of the grid.
+With a single label the accuracy takes its place, with a single mask the mean over all k. Of equal
+scores the identity is taken, then the first of the grid.
 """
 
 import itertools
@@ -32,12 +33,12 @@ from attnzoom_jax.models.insert import train_argument
 from attnzoom_jax.ops.masks import transform_masks
 
 GRID: dict[str, dict[str, tuple[float, ...]]] = {
-    "power": {"exponent": (0.25, 0.5, 1.5, 2.0, 3.0, 5.0)},
-    "contrast": {"slope": (4.0, 10.0), "center": (0.3, 0.5, 0.7)},
-    "soft_threshold": {"threshold": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},
-    "hard_threshold": {"threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)},
-    "gain": {"amount": (0.25, 0.5, 0.75, 1.0)},
-    "saturation": {"threshold": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)},
+    "power": {"exponent": (0.5, 1.5, 2.0, 4.0)},
+    "contrast": {"slope": (4.0, 10.0), "center": (0.4, 0.6)},
+    "soft_threshold": {"threshold": (0.1, 0.2, 0.4, 0.6)},
+    "hard_threshold": {"threshold": (0.2, 0.4, 0.5, 0.6)},
+    "gain": {"amount": (0.5, 1.0)},
+    "saturation": {"threshold": (0.4, 0.5, 0.6, 0.8)},
 }
 IDENTITY = {"name": "identity"}
 
@@ -64,13 +65,14 @@ def tune_masks(
         grid: {transform: {parameter: values}}; None: GRID.
 
     Returns:
-        The study, as JSON takes it: "split", "conditions", "attributes" (one name, "all", with a
-        single label), "identity" [a], the scores without a transform, and "transforms", {name:
+        The study, as JSON takes it: "split", "conditions", "attributes" (one name, "all", where all
+        take the same), "identity" [a], the scores without a transform, and "transforms", {name:
         {"candidates": [transform], "scores": [candidates][a], "chosen": [transform of each
         attribute], "score": mean over the attributes}}, with "best" for the best of all of them.
 
     Raises:
-        ValueError: a model without masks, or with a transform already; unknown corruption or split.
+        ValueError: a model without masks, or with a transform already; unknown corruption or split;
+            a split in which no attribute is both there and not.
     """
     if with_transform(trained.model, None) != trained.model:
         raise ValueError("the model has a transform already; train with model.transform=None")
@@ -106,10 +108,18 @@ def tune_masks(
         scores.append([_accuracy(sums[str(i)]) for i in range(len(candidates))])
     clean, rest = np.array(scores[0]), np.array(scores[1:])  # [candidates, a or 1]
     score = (clean + rest.mean(axis=0)) / 2
+    if np.isnan(score).all():
+        raise ValueError(
+            f"none of the {len(trained.class_names)} attributes can be scored in {split}; take a "
+            "larger split"
+        )
+    takes_own = has_attributes and trained.config.model.get("granularity") != "single"
+    if not takes_own:
+        score = np.nanmean(score, axis=1, keepdims=True)
     return {
         "split": split,
         "conditions": ["clean", *(f"{name}_{level}" for name in corruptions)],
-        "attributes": list(trained.class_names) if has_attributes else ["all"],
+        "attributes": list(trained.class_names) if takes_own else ["all"],
         "identity": [v if np.isfinite(v) else None for v in score[0].tolist()],
         "transforms": _choose(candidates, score),
     }

@@ -215,9 +215,9 @@ def check_attack(*, epsilon: float, norm: str = "linf", steps: int = 1, queries:
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     most = 1 if norm == "linf" else math.inf
-    if not 0 < epsilon <= most:
+    if not isinstance(epsilon, int | float) or not 0 < epsilon <= most:
         raise ValueError(
-            f"epsilon of an attack is {epsilon}; expected a distance above 0 in pixels of the "
+            f"epsilon of an attack is {epsilon!r}; expected a distance above 0 in pixels of the "
             f"range [0, 1]{', at most 1' if most == 1 else ''}, such as 8/255"
         )
     for name, value in (("steps", steps), ("queries", queries)):

@@ -21,6 +21,7 @@ from attnzoom_jax.layers.multi_channel import GRANULARITIES, MultiChannelAttenti
 from attnzoom_jax.models.blocks import check_images
 from attnzoom_jax.models.features import run_to_tap
 from attnzoom_jax.models.insert import Insert
+from attnzoom_jax.ops.masks import check_transforms
 
 MASKS = (*GRANULARITIES, "none")
 
@@ -50,8 +51,8 @@ class AttributeModel(nn.Module):
         rank: channels of each attribute's sub-network.
 
     Raises:
-        ValueError: a field out of range; from init or apply, an unknown tap (the nearest are
-            named), one whose value is not [n, h, w, c], or transforms that are not a.
+        ValueError: a field out of range, transforms that are not as many as the masks; from init or
+            apply, an unknown tap (the nearest are named), or one whose value is not [n, h, w, c].
     """
 
     backbone: nn.Module
@@ -74,6 +75,8 @@ class AttributeModel(nn.Module):
                 'granularity="none" has no masks to transform; leave transform away, or set '
                 "granularity to attribute_channel"
             )
+        if self.transform is not None:
+            check_transforms(self.transform, 1 if self.granularity == "single" else count)
         super().__post_init__()
 
     @property

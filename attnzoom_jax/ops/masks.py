@@ -23,12 +23,12 @@ Tanaka, "Intentional Attention Mask Transformation for Robust CNN Classification
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnzoom_jax.errors import unknown_name
 
@@ -118,11 +118,13 @@ class Transform:
     parameters: Mapping[str, tuple[float, float, float]]
 
 
-_ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+# Masks are float32, in which the ends must differ from what they exclude.
+_ABOVE_0, _BELOW_1 = float(np.finfo(np.float32).tiny), float(np.nextafter(np.float32(1), 0))
+_MOST = float(np.finfo(np.float32).max)
 TRANSFORMS: dict[str, Transform] = {
     "identity": Transform(identity, {}),
-    "power": Transform(power, {"exponent": (1.0, _ABOVE_0, math.inf)}),
-    "contrast": Transform(contrast, {"slope": (0.0, 0.0, math.inf), "center": (0.5, 0.0, 1.0)}),
+    "power": Transform(power, {"exponent": (1.0, _ABOVE_0, _MOST)}),
+    "contrast": Transform(contrast, {"slope": (0.0, 0.0, _MOST), "center": (0.5, 0.0, 1.0)}),
     "soft_threshold": Transform(soft_threshold, {"threshold": (0.0, 0.0, _BELOW_1)}),
     "hard_threshold": Transform(hard_threshold, {"threshold": (0.0, 0.0, 1.0)}),
     "gain": Transform(gain, {"amount": (0.0, 0.0, 1.0)}),
@@ -145,16 +147,11 @@ def transform_masks(masks: jax.Array, transforms: Transforms) -> jax.Array:
         [n, h, w, a, c].
 
     Raises:
-        ValueError: see `check_transforms`; a number of transforms other than a.
+        ValueError: see `check_transforms`.
     """
-    check_transforms(transforms)
+    check_transforms(transforms, masks.shape[3])
     if isinstance(transforms, Mapping):
         return _apply(masks, transforms["name"], [transforms])
-    if len(transforms) != masks.shape[3]:
-        raise ValueError(
-            f"{len(transforms)} transforms for {masks.shape[3]} masks; expected one for each "
-            'attribute, or a single {"name": ...} for all'
-        )
     result = masks
     for name in dict.fromkeys(transform["name"] for transform in transforms):  # one pass for each
         is_own = [transform["name"] == name for transform in transforms]
@@ -163,9 +160,24 @@ def transform_masks(masks: jax.Array, transforms: Transforms) -> jax.Array:
     return result
 
 
-def check_transforms(transforms: Transforms) -> None:
-    """Raise a ValueError for an unknown transform or parameter, or one out of its range."""
-    for given in [transforms] if isinstance(transforms, Mapping) else transforms:
+def check_transforms(transforms: Transforms, count: int | None = None) -> None:
+    """Raise a ValueError for transforms that are unknown, out of their range, or not as many.
+
+    Args:
+        transforms: as `transform_masks` takes them.
+        count: of the masks; None where it is not known yet.
+
+    Raises:
+        ValueError: an unknown transform or parameter, one out of its range, or several transforms
+            that are not `count`.
+    """
+    is_one = isinstance(transforms, Mapping)
+    if not is_one and count is not None and len(transforms) != count:
+        raise ValueError(
+            f"{len(transforms)} transforms for {count} masks; expected one for each attribute, or "
+            'a single {"name": ...} for all'
+        )
+    for given in [transforms] if is_one else transforms:
         if not isinstance(given, Mapping) or "name" not in given:
             raise ValueError(
                 f"transform is {given!r}; expected its name and parameters, such as "
@@ -182,7 +194,7 @@ def check_transforms(transforms: Transforms) -> None:
             _, low, high = known[parameter]
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise ValueError(f"{parameter}={value!r} of {given['name']}: expected a number")
-            if not low <= value <= high or value == math.inf:
+            if not low <= value <= high:
                 raise ValueError(
                     f"{parameter}={value} of {given['name']}: expected a number {_range(low, high)}"
                 )
@@ -190,7 +202,7 @@ def check_transforms(transforms: Transforms) -> None:
 
 def _range(low: float, high: float) -> str:
     at_least = "above 0" if low == _ABOVE_0 else f"of at least {low:g}"
-    if high == math.inf:
+    if high == _MOST:
         return at_least
     return f"{at_least} and {'below 1' if high == _BELOW_1 else f'at most {high:g}'}"
 

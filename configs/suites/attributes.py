@@ -3,10 +3,9 @@
     python tools/run_suite.py --suite=attributes --workdir=runs/attributes
 
 One small ResNet, data set, recipe and number of steps for every run. `base` has no masks, all heads
-share the features; `single` has one mask for all attributes, `attribute` one for each, the others
-one for each attribute and channel. The masks of `multi_channel` are then transformed as
-tools/tune_masks.py chooses on validation images; `multi_channel_best` takes the best transform of
-all for each attribute.
+share the features; `single` has one mask for all attributes, `multi_channel` one for each attribute
+and channel. Its masks are then transformed as tools/tune_masks.py chooses on validation images;
+`multi_channel_best` takes the best transform of all for each attribute.
 """
 
 
@@ -16,9 +15,7 @@ def get_suite() -> dict:
         "runs": {
             "base": f"{masks}none",
             "single": f"{masks}single",
-            "attribute": f"{masks}attribute",
             "multi_channel": f"{masks}attribute_channel",
-            "multi_channel_residual": f"{masks}attribute_channel,application=residual",
         },
         "tuned": ("multi_channel",),
         "overrides": {},

@@ -258,6 +258,19 @@ def test_distances_have_names():
     assert robustness.setting_name("l2", 0.2) == "l2_0.2"
 
 
+def test_a_config_of_before_attributes_has_classes():
+    """Its data section has no key `labels`."""
+    data = config_data()
+    del data["labels"]
+    options = {"corruptions": ("contrast",), "levels": (3,), "attacks": ()}
+    mesh = sharding.create_mesh(jax.devices()[:1])
+    evaluator = create_evaluator(
+        "robustness", Linear(), data=data, split="test", mesh=mesh, **options
+    )
+    assert "test/contrast_3_accuracy" in evaluator.metric_names
+    assert "test/clean_accuracy" in evaluator.run(fitted())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -266,6 +279,9 @@ def test_distances_have_names():
         ({"attacks": ("pdg",)}, "unknown attack 'pdg'; did you mean 'pgd'"),
         ({"linf": (0,)}, "epsilon of an attack is 0; expected a distance above 0"),
         ({"linf": (8,)}, "epsilon of an attack is 8; .* such as 8/255"),
+        ({"linf": ("a",)}, "epsilon of an attack is 'a'; expected a distance above 0"),
+        ({"linf": 8 / 255}, "linf is 0.03.*; expected a tuple"),
+        ({"corruptions": "jpeg"}, "corruptions is 'jpeg'; expected a tuple"),
         ({"steps": 0}, "steps of an attack is 0"),
         ({"queries": 0}, "queries of an attack is 0"),
         ({"seed": -1}, "seed -1 must be 0 or more"),

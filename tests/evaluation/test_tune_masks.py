@@ -104,6 +104,47 @@ def test_the_default_grid_is_in_range():
             check_transforms([{"name": name, parameter: point} for point in points])
 
 
+def test_a_single_mask_has_one_transform(trained):
+    """All attributes together take it, and the evaluators take what is chosen."""
+    config = trained.config.copy_and_resolve_references()
+    config.model.granularity = "single"
+    model = create_model(num_classes=len(ATTRIBUTES), **config.model.to_dict())
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    heads = variables["params"]["heads"]
+    heads["bias"] -= jnp.linspace(-0.2, 0.2, len(ATTRIBUTES))
+    single = dataclasses.replace(trained, config=config, model=model, variables=variables)
+    study = tune_masks(
+        single, split="validation", mesh=mesh(), corruptions=("contrast",), grid=SMALL
+    )
+    power = study["transforms"]["power"]
+    assert study["attributes"] == ["all"] and len(power["chosen"]) == len(study["identity"]) == 1
+    assert np.ptp(power["scores"]) > 0.001
+    for candidate, scores in zip(power["candidates"], power["scores"], strict=True):
+        clean = np.mean(balanced(single, candidate))
+        score = (clean + balanced(single, candidate, "contrast")) / 2
+        assert scores == pytest.approx([score], abs=1e-6)
+
+
+def test_a_transform_may_come_from_a_config(trained, study):
+    config = trained.config.copy_and_resolve_references()
+    config.evals.test.update({"split": "validation", "prefix": "v", "masks": False})
+    config.evals.test.transform = {"name": "power", "exponent": 6.0}
+    evaluator = create_evaluator(
+        model=trained.model, data=config.data, mesh=mesh(), **config.evals.test
+    )
+    found = evaluator.run(trained.variables)
+    expected = np.mean(balanced(trained, {"name": "power", "exponent": 6.0}))
+    assert found["v/balanced_accuracy"] == pytest.approx(expected, abs=1e-6)
+    config.evals.test.transform.exponent = -6.0
+    with pytest.raises(ValueError, match="exponent=-6\\.0 of power: expected"):
+        create_evaluator(model=trained.model, data=config.data, mesh=mesh(), **config.evals.test)
+
+
+def test_a_split_that_is_too_small_is_told(trained):
+    with pytest.raises(ValueError, match="none of the 13 attributes can be scored"):
+        tune_masks(trained, split="validation[:1]", mesh=mesh(), corruptions=("contrast",), grid={})
+
+
 def test_bad_requests(trained):
     with pytest.raises(ValueError, match="unknown corruption 'fog'"):
         tune_masks(trained, split="validation", mesh=mesh(), corruptions=("fog",), grid=SMALL)

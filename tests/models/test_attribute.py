@@ -211,6 +211,9 @@ def test_statistics_are_updated_in_training_alone():
         ({"granularity": "channel"}, "unknown granularity 'channel'"),
         ({"attributes": 0}, "attributes=0: expected a whole number of at least 1"),
         ({"granularity": "none", "transform": POWER}, "no masks to transform"),
+        ({"transform": {"name": "power", "exponent": -1.0}}, "above 0"),
+        ({"transform": (POWER,) * 4}, "4 transforms for 5 masks"),
+        ({"granularity": "single", "transform": (POWER,) * 5}, "5 transforms for 1 masks"),
     ],
 )
 def test_bad_fields(fields, words):
@@ -222,8 +225,6 @@ def test_bad_fields(fields, words):
     ("fields", "words"),
     [
         ({"application": "sum"}, "unknown application 'sum'"),
-        ({"transform": {"name": "power", "exponent": -1.0}}, "above 0"),
-        ({"transform": (POWER,) * 4}, "4 transforms for 5 masks"),
         ({"rank": 0}, "rank is 0"),
         ({"tap": "stage9"}, "unknown tap of the backbone 'stage9'"),
         ({"tap": "head"}, "features \\[n, h, w, c\\]"),

@@ -151,6 +151,9 @@ def test_each_attribute_may_have_its_own():
         ({"name": "power", "exponent": float("nan")}, "expected a number"),
         ({"name": "gain", "amount": 1.5}, "of at least 0 and at most 1"),
         ({"name": "soft_threshold", "threshold": 1.0}, "of at least 0 and below 1"),
+        # Ends of the range that float32 does not tell from what lies outside.
+        ({"name": "soft_threshold", "threshold": 1 - 1e-9}, "of at least 0 and below 1"),
+        ({"name": "power", "exponent": 1e39}, "exponent=1e\\+39 of power"),
         ([{"name": "identity"}] * 3, "3 transforms for 5 masks"),
     ],
 )

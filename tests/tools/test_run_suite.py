@@ -104,6 +104,24 @@ def test_tuned_runs_are_tuned_once_and_give_further_runs(suite, monkeypatch, tmp
     assert [r["training_s"] for r in runs[:3]] == [2.0, 2.0, 0.0]
 
 
+def test_folders_may_be_relative(suite, monkeypatch, tmp_path):
+    """The programmes run in the checkout, wherever the suite is run."""
+    loaded = run_suite.load_suite("s")
+    monkeypatch.setattr(run_suite, "load_suite", lambda name: {**loaded, "tuned": ("zoom",)})
+    monkeypatch.chdir(tmp_path)
+    train_and_evaluate, folders = run_suite._call, []
+
+    def programme(command):
+        folders.append(pathlib.Path(dict(w.split("=", 1) for w in command[1:])["--workdir"]))
+        if command[0] != "tools/tune_masks.py":
+            return train_and_evaluate(command)
+        (folders[-1] / "mask_study.json").write_text(json.dumps({"transforms": {}}))
+
+    monkeypatch.setattr(run_suite, "_call", programme)
+    run_suite.run_suite("s", pathlib.Path("runs"), results=tmp_path / "results")
+    assert len(folders) == 10 and all(folder.is_absolute() for folder in folders)
+
+
 def test_commands_are_what_a_person_would_type(tmp_path):
     suite = {"runs": {"zoom": "configs/z.py:tiny"}, "overrides": {"model.width": 16}}
     train, evaluate = run_suite.commands(suite, "zoom", 3, tmp_path, {"data.dir": "/data"})
