@@ -23,7 +23,8 @@ around the class map, and of given boxes evaluation takes the first (model.eval_
 chooses. The paper says up to 2 % over the baseline; its tables could not be read.
 
 Hardware and time: one GPU for the photographs, not yet timed by us; fine_shapes on two CPU cores,
-minutes. Expected: not known yet; configs/suites/fine_grained.py compares on fine_shapes.
+minutes. Expected: on fine_shapes no gain over the backbone, whatever the steps (docs/reproduce.md);
+of the photographs not known yet.
 `:tiny`, also after the choices but for patches=boxes, runs in seconds, offline.
 """
 

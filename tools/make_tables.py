@@ -94,8 +94,9 @@ def _suite_table(result: dict[str, Any], metrics: list[str]) -> str:
     by_name = {name: {r["seed"]: r for r in runs if r["run"] == name} for name in names}
     base = by_name.get("base", {})
     columns = ["run", "seeds"]
+    compared = [metric for metric in metrics if any(metric in r["metrics"] for r in base.values())]
     for metric in metrics:
-        columns += [metric, "less base"] if base else [metric]
+        columns += [metric, "less base"] if metric in compared else [metric]
     columns.append("minutes")
     rows = []
     for name, seeds in by_name.items():
@@ -103,7 +104,7 @@ def _suite_table(result: dict[str, Any], metrics: list[str]) -> str:
         for metric in metrics:
             known = {s: r["metrics"][metric] for s, r in seeds.items() if metric in r["metrics"]}
             row.append(_mean(list(known.values())))
-            if base:
+            if metric in compared:
                 of_base = {s: base[s]["metrics"].get(metric) for s in known if s in base}
                 gains = [known[s] - value for s, value in of_base.items() if value is not None]
                 row.append("" if name == "base" else _mean(gains, sign="+"))
@@ -116,7 +117,7 @@ def _suite_table(result: dict[str, Any], metrics: list[str]) -> str:
         f"Mean and standard deviation over the seeds; minutes of training, median. On "
         f"{', '.join(kinds)} ({runs[0]['cpu_count']} cores), JAX {runs[0]['versions']['jax']}, "
         f"commit {', '.join(commits)}, {sum(r['training_s'] for r in runs) / 3600:.1f} hours in "
-        f"all. Overrides: `{overrides}`"
+        f"all. Overrides: {f'`{overrides}`' if overrides else 'none'}."
     )
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", facts])

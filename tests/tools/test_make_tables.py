@@ -93,5 +93,5 @@ def test_a_metric_that_a_run_does_not_have_is_blank(tmp_path):
     content = {"suite": {"overrides": {}}, "runs": runs}
     (tmp_path / "results" / "s.json").write_text(json.dumps(content))
     text = make_tables.write_tables("<!-- table s a b -->\n<!-- end -->", tmp_path)
-    assert "| base | 1 | 0.5000 |  |  |  | 1.0 |" in text
-    assert "| masks | 1 | 0.7500 | +0.2500 | 0.2500 |  | 1.0 |" in text
+    assert "| base | 1 | 0.5000 |  |  | 1.0 |" in text
+    assert "| masks | 1 | 0.7500 | +0.2500 | 0.2500 | 1.0 |" in text
