@@ -68,6 +68,8 @@ def _use_photos(config: ml_collections.ConfigDict, name: str) -> None:
         default.use_fine_grained(config, name)
         config.data.update({"resize": "squash", "image_size": 256, "crop_size": 224})
         config.model.backbone, config.total_epochs, config.data.batch_size = "resnet50", 50.0, 32
+        # The masks of 256 images, 312 x 2048 x 7 x 7 each, would take 60 GiB.
+        config.data.eval_batch_size = 32
     else:
         config.data.update({"name": name, "resize": "crop", "image_size": 128})
         config.model.backbone, config.total_epochs = "resnet18", 10.0

@@ -147,7 +147,7 @@ class Robustness:
 
             With attributes an accuracy is the share of right decisions about attributes; there is
             also "..._balanced_accuracy" of clean and corrupted images. Attacks look for the image
-            with the most wrong decisions. PGD climbs the summed loss towards that, which is not the
+            with the most wrong decisions. PGD climbs a smooth stand-in for that, which is not the
             same, so a gap of single decisions is no sign of a masked gradient there.
         """
         metrics = {**self._run_corruptions(variables), **self._run_attacks(variables)}

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from attnzoom_jax import attribution
 from attnzoom_jax.attribution.program import Known
+from attnzoom_jax.data.corruptions import CORRUPTIONS, Corrupted
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.evaluation.attributes import gate_of
 from attnzoom_jax.evaluation.maps import say_progress
@@ -71,11 +72,15 @@ def tune_masks(
         attribute], "score": mean over the attributes}}, with "best" for the best of all of them.
 
     Raises:
-        ValueError: a model without masks, or with a transform already; unknown corruption or split;
-            a split in which no attribute is both there and not.
+        ValueError: a model without masks, or with a transform already; no corruption or an unknown
+            one; unknown split, or a split in which no attribute is both there and not.
     """
     if with_transform(trained.model, None) != trained.model:
         raise ValueError("the model has a transform already; train with model.transform=None")
+    if not corruptions:
+        raise ValueError(f"no corruptions; expected at least one of {', '.join(CORRUPTIONS)}")
+    for name in corruptions:  # before anything is read
+        Corrupted((), name, level, seed=seed)
     data = trained.config.data
     has_attributes = getattr(data, "labels", "label") == "attributes"
     candidates = [IDENTITY, *_candidates(GRID if grid is None else grid)]

@@ -108,7 +108,8 @@ def pgd(
         fn: images -> logits [n, k]; each image counts for itself.
         images: float [n, h, w, c], as fn takes them: (pixels in [0, 1] - mean) / std.
         labels: class ids int [n], or attributes float [n, k], 0 or 1 each. The loss is the softmax
-            cross-entropy, for attributes the sum of their sigmoid cross-entropies.
+            cross-entropy; for attributes the sum of m / (1 + |m|), m the logit towards the wrong
+            side: the cross-entropy would go on to raise what is wrong already.
         epsilon: in pixels; in (0, 1] for linf, above 0 for l2.
         norm: "linf" or "l2".
         steps: at least 1.
@@ -279,7 +280,7 @@ def _look(
     else:
         is_there = labels > 0.5  # [n, a]
         wrong = (logits > 0) != is_there
-        loss = optax.sigmoid_binary_cross_entropy(logits, labels).sum(axis=1)
+        loss = jax.nn.soft_sign(jnp.where(is_there, -logits, logits)).sum(axis=1)
         margin = jnp.minimum(jnp.where(is_there, -logits, logits), 0).sum(axis=1)
     wrong |= jnp.isnan(logits).any(axis=1, keepdims=True)
     found = loss if score == "loss" else margin

@@ -146,8 +146,12 @@ def test_a_split_that_is_too_small_is_told(trained):
 
 
 def test_bad_requests(trained):
-    with pytest.raises(ValueError, match="unknown corruption 'fog'"):
-        tune_masks(trained, split="validation", mesh=mesh(), corruptions=("fog",), grid=SMALL)
+    for corruptions, words in (
+        (("contrast", "fog"), "unknown corruption 'fog'"),
+        ((), "no corruptions; expected at least one of gaussian_noise, "),
+    ):
+        with pytest.raises(ValueError, match=words):  # before anything is read
+            tune_masks(trained, split="nowhere", mesh=mesh(), corruptions=corruptions)
     for fields, words in (
         ({"granularity": "none"}, "no masks to transform"),
         ({"transform": {"name": "power", "exponent": 2.0}}, "has a transform already"),
