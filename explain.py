@@ -2,13 +2,18 @@
 
 --figure says what is drawn:
 
-    maps     (the default) a picture per image, contact_sheet.png and the raw maps (maps.npz).
-             Several methods stand side by side: --method=grad_cam,contrastive_excitation_backprop
-    warp     images warped by the attention, right and wrong predictions apart: warp_<image>.png,
-             warp_sheet.png and warp.npz
-    compare  this run and --other_workdir on the same images, at the same map resolution:
-             compare.png, compare.npz and compare.json
-    steps    what a model that looks in steps sees in each of them: steps.png and steps.npz
+    maps        (the default) a picture per image, contact_sheet.png and the raw maps (maps.npz).
+                Several methods side by side: --method=grad_cam,contrastive_excitation_backprop
+    warp        images warped by the attention, right and wrong predictions apart:
+                warp_<image>.png, warp_sheet.png and warp.npz
+    compare     this run and --other_workdir on the same images, at the same map resolution:
+                compare.png, compare.npz and compare.json
+    steps       what a model that looks in steps sees in each of them: steps.png and steps.npz
+    attributes  the masks of each attribute, and which channels it uses: attributes_<image>.png,
+                attributes.png and attributes.npz
+    robustness  accuracy when images are corrupted or attacked, from the run's eval.json, and that
+                of --other_workdir beside it: robustness.png and robustness.csv; and mask_study.png
+                where tools/tune_masks.py has tuned its masks
 
 --list_taps prints where a map can be taken.
 """
@@ -16,159 +21,32 @@
 import ast
 import dataclasses
 import pathlib
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from attnzoom_jax import attribution, cli
-from attnzoom_jax.attribution.methods import METHODS, takes
+from attnzoom_jax import cli
+from attnzoom_jax.attribution.methods import METHODS
+from attnzoom_jax.evaluation.attribute_figure import deciding_pixels_of, draw_attributes
 from attnzoom_jax.evaluation.compare import check_comparable, draw_comparison
 from attnzoom_jax.evaluation.examples import (
-    Examples,
     chunks_of_split,
     from_files,
     from_split,
     in_chunks,
     mask_fields,
     right_and_wrong,
-    target_ids,
 )
-from attnzoom_jax.evaluation.maps import as_function, compute_maps, save_arrays
+from attnzoom_jax.evaluation.map_figure import explain, has_attributes, list_taps
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
+from attnzoom_jax.evaluation.robustness_figure import draw_mask_study, draw_robustness
 from attnzoom_jax.evaluation.steps import draw_steps
 from attnzoom_jax.evaluation.warp import draw_warps
-from attnzoom_jax.models.taps import default_tap
 from attnzoom_jax.models.two_stream import with_fields
-from attnzoom_jax.ops import maps as ops_maps
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.workdir import Workdir
-from attnzoom_jax.viz import overlay
-
-# Beyond these, relevance is said to be ill-conditioned, or to get lost on the way.
-MAX_ABSOLUTE, MAX_DROPPED = 2.0, 0.05
-
-
-def explain(
-    trained: TrainedModel,
-    examples: Examples,
-    out: pathlib.Path,
-    *,
-    methods: Sequence[str] = ("grad_cam",),
-    options: Mapping[str, Any] | None = None,
-    tap: str = "",
-    target: str = "predicted",
-    chunk_size: int = 32,
-) -> dict[str, np.ndarray]:
-    """Explain images and write the pictures.
-
-    Args:
-        trained: the model.
-        examples: the images.
-        out: folder, is created.
-        methods: names from METHODS.
-        options: options of the methods; each goes to those that have it.
-        tap: where maps are taken; "" for the last spatial tap below the classifier.
-        target: "predicted", "label" or a class id.
-        chunk_size: images per call of the program.
-
-    Returns:
-        What maps.npz holds: raw maps and masks, names, labels, predicted classes, probabilities.
-
-    Raises:
-        ValueError: unknown method, option, tap or class.
-    """
-    fn, shape = as_function(trained)
-    gates = attribution.gate_taps(attribution.list_taps(fn, shape))
-    tap = tap or default_tap(trained.model, fn, shape)
-    places = {name: f"tap {tap!r}" if takes(name, "tap") else "the image" for name in methods}
-    print("\n".join(f"{name} at {place}" for name, place in places.items()), flush=True)
-    arrays = compute_maps(
-        trained,
-        examples.images,
-        target_ids(target, examples, len(trained.class_names)),
-        methods=methods,
-        options=options,
-        tap=tap,
-        gates=gates,
-        chunk_size=chunk_size,
-    )
-    arrays |= {"names": np.array(examples.names), "labels": examples.labels, "tap": np.array(tap)}
-    if "absolute" in arrays:
-        _warn_of_imbalance(tap, arrays["absolute"], arrays["dropped"])
-
-    out.mkdir(parents=True, exist_ok=True)
-    save_arrays(out / "maps.npz", arrays)
-    pictures = _pictures(trained, examples, arrays, methods, gates)
-    for picture in pictures:
-        overlay.save_explanation(out / f"{picture.name}.png", picture)
-    per_row = 2 if len(methods) + len(gates) < 4 else 1
-    overlay.save_contact_sheet(out / "contact_sheet.png", pictures[:16], per_row=per_row)
-    return arrays
-
-
-def list_taps(trained: TrainedModel) -> str:
-    """A table of the model's taps: name, shape for one image, how deep, which one is the default.
-
-    Depth counts the convolutions and matrix products on the longest way from the images.
-    """
-    fn, shape = as_function(trained)
-    default = default_tap(trained.model, fn, shape)
-    depths = attribution.tap_depths(fn, shape)
-    rows = [("tap", "shape", "depth", "")]
-    for name, tap_shape in attribution.list_taps(fn, shape).items():
-        size = " x ".join(map(str, tap_shape[1:]))
-        rows.append((name, size, str(depths[name]), "default" if name == default else ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(map(str.ljust, row, widths)).rstrip()  # one line per tap
-        for row in rows
-    )
-
-
-def _warn_of_imbalance(tap: str, absolute: np.ndarray, dropped: np.ndarray) -> None:
-    if absolute.max() > MAX_ABSOLUTE or np.abs(dropped).max() > MAX_DROPPED:
-        print(
-            f"warning: Excitation Backprop at {tap!r} is ill-conditioned: the absolute relevance "
-            f"of an image is up to {absolute.max():.3g} (1 in networks of ReLUs), up to "
-            f"{np.abs(dropped).max():.1%} was lost on the way; try --option=negative=clamp, or a "
-            "later tap",
-            flush=True,
-        )
-
-
-def _pictures(
-    trained: TrainedModel,
-    examples: Examples,
-    arrays: dict[str, np.ndarray],
-    methods: Sequence[str],
-    gates: list[str],
-) -> list[overlay.Explanation]:
-    h, w, _ = trained.image_shape
-    resized = {
-        name: np.asarray(ops_maps.resize(jnp.asarray(arrays[name], jnp.float32), (h, w)))
-        for name in (*methods, *gates)
-    }
-    # Saliency is a distribution: on the scale of a mask, from 0 to 1, it would be black.
-    shares = {gate: np.allclose(arrays[gate].sum((1, 2)), 1, atol=1e-3) for gate in gates}
-    pictures = []
-    for i, name in enumerate(examples.names):
-        predicted, label = int(arrays["predicted"][i]), int(examples.labels[i])
-        title = f"{trained.class_names[predicted]} {arrays['probabilities'][i, predicted]:.2f}"
-        if label >= 0 and label != predicted:
-            title += f"\nis {trained.class_names[label]}"
-        cued = trained.class_names[int(arrays["targets"][i])]
-        titles = {m: textwrap.fill(f"{m.replace('_', ' ')}: {cued}", 24) for m in methods}
-        panels = [overlay.class_map_panel(titles[m], resized[m][i]) for m in methods]
-        for gate in gates:
-            panel = overlay.class_map_panel if shares[gate] else overlay.mask_panel
-            panels.append(panel(f"mask {gate}", resized[gate][i]))
-        pictures.append(overlay.Explanation(name, title, examples.images[i], panels))
-    return pictures
 
 
 def _options(settings: Sequence[str]) -> dict[str, Any]:
@@ -254,10 +132,6 @@ def _compare(trained: TrainedModel, out: pathlib.Path) -> int:
 
 def _steps(trained: TrainedModel, out: pathlib.Path) -> int:
     given = flags.FLAGS
-    if given.method or given.tap or given.option:
-        raise ValueError(
-            "--figure=steps is Grad-CAM at every step; leave out --method, --tap and --option"
-        )
     if given.images:
         examples = from_files(trained, given.images)
     else:
@@ -267,13 +141,53 @@ def _steps(trained: TrainedModel, out: pathlib.Path) -> int:
     return 1 if examples.rejected else 0
 
 
-# What --figure may be.
+def _attributes(trained: TrainedModel, out: pathlib.Path) -> int:
+    given = flags.FLAGS
+    if given.images:
+        examples, split, pixels = from_files(trained, given.images, reserved=()), "", None
+    else:
+        split = given.split
+        examples = from_split(trained, split, given.count or 4)
+        pixels = deciding_pixels_of(trained, split, len(examples))
+    draw_attributes(
+        trained, examples, out, split=split, pixels=pixels, target=_target() or "predicted"
+    )
+    print(f"{len(examples)} pictures, attributes.png and attributes.npz in {out}", flush=True)
+    return 1 if examples.rejected else 0
+
+
+def _robustness(out: pathlib.Path) -> int:
+    """From what the runs' folders hold: no model is restored."""
+    given = flags.FLAGS
+    workdirs = [folder for folder in (given.workdir, given.other_workdir) if folder]
+    names = _names(given.workdir, given.other_workdir)
+    draw_robustness(dict(zip(names, workdirs, strict=False)), out)
+    studied = draw_mask_study(given.workdir, out)
+    pictures = "robustness.png, mask_study.png" if studied else "robustness.png"
+    print(f"{pictures} and robustness.csv in {out}", flush=True)
+    return 0
+
+
+# What --figure may be, besides robustness, which needs no model.
 FIGURES: dict[str, Callable[[TrainedModel, pathlib.Path], int]] = {
     "maps": _maps,
     "warp": _warp,
     "compare": _compare,
     "steps": _steps,
+    "attributes": _attributes,
 }
+OF_IMAGES = ("checkpoint", "data_dir", "images", "split", "count", "class")
+OF_METHODS = ("method", "option", "tap")
+# The flags that each figure heeds, besides those that all do.
+HEEDED: dict[str, Sequence[str]] = {
+    "maps": (*OF_IMAGES, *OF_METHODS),
+    "warp": (*OF_IMAGES, *OF_METHODS),
+    "compare": (*OF_IMAGES, *OF_METHODS, "other_workdir", "other_tap"),
+    "steps": OF_IMAGES,
+    "attributes": OF_IMAGES,
+    "robustness": ("other_workdir",),
+}
+OF_CLASSES = ("warp", "compare", "steps")  # each image right or wrong
 
 
 def _restore(workdir: str) -> TrainedModel:
@@ -308,18 +222,34 @@ def _names(workdir: str, other_workdir: str) -> tuple[str, str]:
     return (this, other) if this != other else ("this", "other")
 
 
+def _refuse_unheeded(figure: str) -> None:
+    """Raise a ValueError for a flag that is set and that the figure would not heed."""
+    for flag in dict.fromkeys(flag for heeded in HEEDED.values() for flag in heeded):
+        if flag not in HEEDED[figure] and flags.FLAGS[flag].value != flags.FLAGS[flag].default:
+            others = ", ".join(name for name, heeded in HEEDED.items() if flag in heeded)
+            raise ValueError(
+                f"--figure={figure} does not heed --{flag}; leave it out (it is of: {others})"
+            )
+
+
 def main() -> int:
     """Parse the flags, draw, say where the pictures are."""
     given = flags.FLAGS
-    if given.figure != "compare" and (given.other_workdir or given.other_tap):
-        raise ValueError("--other_workdir and --other_tap belong to --figure=compare")
+    _refuse_unheeded(given.figure)
+    out = pathlib.Path(given.out or pathlib.Path(given.workdir) / "explain")
+    if given.figure == "robustness" and not given.list_taps:
+        return _robustness(out)
     config = Workdir(given.workdir).config()
     cli.start_devices(config.platform, compile_cache=config.compile_cache)
     trained = _restore(given.workdir)
     if given.list_taps:
         print(list_taps(trained))
         return 0
-    out = pathlib.Path(given.out or pathlib.Path(given.workdir) / "explain")
+    if has_attributes(trained) and given.figure in OF_CLASSES:
+        raise ValueError(
+            f"--figure={given.figure} tells right from wrong classes, and this run has attributes; "
+            "take --figure=attributes, or --figure=maps with --class=NAME for the map of one"
+        )
     return FIGURES[given.figure](trained, out)
 
 
@@ -327,13 +257,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
     flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")
-    flags.DEFINE_enum("figure", "maps", list(FIGURES), "What is drawn")
+    flags.DEFINE_enum("figure", "maps", list(HEEDED), "What is drawn")
     flags.DEFINE_string("images", "", "Image files, as a quoted pattern; default: of a split")
     flags.DEFINE_string("split", "test", "Split to take images from")
     flags.DEFINE_integer(
         "count",
         None,
-        "Number of images from the split, default 16; of the other figures: of each block, 4",
+        "Images from the split: of maps 16, of attributes 4, of the others 4 in each block",
         lower_bound=1,
     )
     flags.DEFINE_list(
@@ -347,7 +277,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_bool("list_taps", False, "Print the taps of the model, and stop")
     flags.DEFINE_string(
-        "class", "", "Class to explain: predicted (the default), label (that of compare), or an id"
+        "class", "", "To explain: predicted (the default), label (that of compare), a name or an id"
     )
     flags.DEFINE_string("other_workdir", "", "Folder of the run to compare with")
     flags.DEFINE_string("other_tap", "", "Where maps of the other run are taken")

@@ -13,8 +13,8 @@ sums to 1 over the positions: Y is then smaller than X by a factor of about h * 
 larger learning rate behind the layer has to make up for.
 
 What makes the attention follow a class map is a term of the training loss, `channel_guidance` in
-training/guidance.py: it pulls a towards the channel weights of Grad-CAM. Without that term the layer
-learns from the classes alone.
+training/guidance.py: it pulls a towards the channel weights of Grad-CAM. Without that term the
+layer learns from the classes alone.
 
 Source: Xu, Chang, Xie, Ma, "Grad-CAM Guided Channel-Spatial Attention Module for Fine-Grained
 Visual Classification", MLSP 2021, as in the authors' code; the softmax over the positions is that

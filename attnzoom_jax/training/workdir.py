@@ -55,7 +55,7 @@ class Workdir:
         """
         ours = to_plain(config)
         if (self.path / "config.json").exists() and self.has_checkpoint():
-            theirs = self._read("config.json")
+            theirs = self.read("config.json")
             watched = tuple(f"evals.{name}." for name in ours.get("train_evals", ()))
             changed = differences(theirs, ours)
             if not changed:
@@ -88,16 +88,16 @@ class Workdir:
         """
         if not (self.path / "config.json").exists():
             raise ValueError(f"--workdir={self.path} holds no run (no config.json); train first")
-        return ml_collections.ConfigDict(_to_tuples(self._read("config.json"))).lock()
+        return ml_collections.ConfigDict(_to_tuples(self.read("config.json"))).lock()
 
     def run_info(self) -> dict[str, Any]:
         """What run.json holds; {} before the first training step."""
-        return self._read("run.json") if (self.path / "run.json").exists() else {}
+        return self.read("run.json") if (self.path / "run.json").exists() else {}
 
     def overrides(self) -> dict[str, Any]:
         """What the command line of the run changed in its config."""
         path = self.path / "overrides.json"
-        return self._read("overrides.json") if path.exists() else {}
+        return self.read("overrides.json") if path.exists() else {}
 
     def write(self, name: str, content: Any) -> pathlib.Path:
         """Write a JSON file, whole or not at all; of several processes the first one writes."""
@@ -109,7 +109,12 @@ class Workdir:
         unfinished.replace(path)
         return path
 
-    def _read(self, name: str) -> Any:
+    def read(self, name: str) -> Any:
+        """What a JSON file holds.
+
+        Raises:
+            ValueError: it is no JSON file.
+        """
         path = self.path / name
         try:
             return json.loads(path.read_text())

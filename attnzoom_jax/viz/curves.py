@@ -22,7 +22,11 @@ Curves = dict[tuple[str, str], Curve]  # {(corruption or attack, norm or ""): cu
 
 
 def save_robustness_curves(
-    path: pathlib.Path, runs: Mapping[str, Mapping[str, float]], *, prefix: str
+    path: pathlib.Path,
+    runs: Mapping[str, Mapping[str, float]],
+    *,
+    prefix: str,
+    lowest: float = 0.0,
 ) -> None:
     """Draw the accuracy of runs, a panel for each corruption and each attack.
 
@@ -30,6 +34,7 @@ def save_robustness_curves(
         path: of the PNG file.
         runs: {name: metrics}, as the evaluator `robustness` gives them; up to eight.
         prefix: of the metrics' names.
+        lowest: accuracy at the foot of the panels, below 1.
 
     Raises:
         ValueError: no runs or more than there are colours, no such metrics.
@@ -55,8 +60,12 @@ def save_robustness_curves(
             if panel in found:
                 axes.plot(*zip(*found[panel], strict=True), **look)
         _label(axes, panel)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("accuracy", fontsize=8)
+    margin = 0.03 * (1 - lowest)
+    grid[0, 0].set_ylim(lowest - margin, 1 + margin)  # and so of all of them
+    scores = {_score(metrics, prefix) for metrics in runs.values()}
+    for axes, (_, norm) in zip(grid[:, 0], panels[::columns], strict=True):
+        of_row = "accuracy" if norm else " or ".join(sorted(scores))
+        axes.set_ylabel(of_row.replace("_", " "), fontsize=8)
     names = [Line2D([], [], label=n, **look) for n, look in zip(runs, looks, strict=False)]
     figure.legend(
         handles=names, loc="outside lower center", ncols=min(columns, len(names)), fontsize=8
@@ -80,8 +89,9 @@ def robustness_table(runs: Mapping[str, Mapping[str, float]], *, prefix: str) ->
     cells: dict[str, dict[str, float]] = collections.defaultdict(dict)
     for name, metrics in runs.items():
         curves = read_curves(metrics, prefix=prefix)
-        if f"{prefix}/clean_accuracy" in metrics:
-            cells["clean"][name] = metrics[f"{prefix}/clean_accuracy"]
+        clean = f"{prefix}/clean_{_score(metrics, prefix)}"
+        if clean in metrics:
+            cells["clean"][name] = metrics[clean]
         for (kind, norm), curve in curves.items():
             points = [(x, y) for x, y in curve if x > 0]
             if norm:
@@ -105,22 +115,24 @@ def read_curves(metrics: Mapping[str, float], *, prefix: str) -> Curves:
 
     Returns:
         {(corruption, "") or (attack, norm): points}, in the order of the metrics, each curve by
-        level or distance and from the clean images on.
+        level or distance and from the clean images on. Of attributes those of corruptions are of
+        the balanced accuracy: saying no to every attribute is right most of the time.
 
     Raises:
         ValueError: there are none.
     """
     curves: Curves = collections.defaultdict(list)
+    score = _score(metrics, prefix)
     attack = rf"({'|'.join(ATTACKS)})_({'|'.join(NORMS)})_(.+)_accuracy"
     for name, value in metrics.items():
         folder, _, rest = name.rpartition("/")
-        if folder != prefix or rest.endswith("balanced_accuracy"):
+        if folder != prefix:
             continue
         if found := re.fullmatch(attack, rest):
             kind, norm, distance = found.groups()
             steps, _, of = distance.partition("_")  # 8_255 is 8/255
             curves[kind, norm].append((float(steps) / float(of or 1), value))
-        elif found := re.fullmatch(r"(.+)_([1-5])_accuracy", rest):
+        elif found := re.fullmatch(rf"(.+)_([1-5])_{score}", rest):
             curves[found[1], ""].append((float(found[2]), value))
     if not curves:
         raise ValueError(
@@ -129,7 +141,7 @@ def read_curves(metrics: Mapping[str, float], *, prefix: str) -> Curves:
         )
     for (_, norm), curve in curves.items():
         clean = metrics.get(
-            f"{prefix}/attack_clean_accuracy" if norm else f"{prefix}/clean_accuracy"
+            f"{prefix}/attack_clean_accuracy" if norm else f"{prefix}/clean_{score}"
         )
         if clean is not None:
             curve.append((0.0, clean))
@@ -137,10 +149,15 @@ def read_curves(metrics: Mapping[str, float], *, prefix: str) -> Curves:
     return dict(curves)
 
 
+def _score(metrics: Mapping[str, float], prefix: str) -> str:
+    """What is drawn of corruptions."""
+    is_balanced = f"{prefix}/clean_balanced_accuracy" in metrics
+    return "balanced_accuracy" if is_balanced else "accuracy"
+
+
 def _label(axes: Axes, panel: tuple[str, str]) -> None:
     kind, norm = panel
     axes.set_title(_words(kind), fontsize=9)
-    axes.set_ylim(-0.03, 1.03)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

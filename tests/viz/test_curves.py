@@ -31,6 +31,15 @@ def test_curves_begin_at_the_clean_images():
     assert curves.read_curves(METRICS, prefix="validation") == {("jpeg", ""): [(1, 0.3)]}
 
 
+def test_of_attributes_the_curves_of_corruptions_are_balanced():
+    balanced = {"test/clean_balanced_accuracy": 0.6, "test/jpeg_2_balanced_accuracy": 0.2}
+    assert curves.read_curves({**METRICS, **balanced}, prefix="test") == {
+        ("jpeg", ""): [(0, 0.6), (1, 0.1), (2, 0.2)],
+        ("pgd", "linf"): [(0, 0.95), (2 / 255, 0.4), (8 / 255, 0.2)],
+        ("random_search", "l2"): [(0, 0.95), (0.5, 0.6)],
+    }
+
+
 def test_the_table_has_a_row_per_corruption_and_distance():
     other = {"test/jpeg_1_accuracy": 0.5, "test/pgd_linf_8_255_accuracy": 0.25}
     table = curves.robustness_table({"one": METRICS, "two": other}, prefix="test")
@@ -77,6 +86,19 @@ def test_curves_stand_where_their_values_are(tmp_path):
         rows = np.nonzero(blue[: int(0.8 * len(blue))])[0]  # above the legend
         heights.append(np.median(rows) / len(picture))
     assert heights[0] > heights[1] + 0.3
+
+
+def test_panels_may_begin_above_zero(tmp_path):
+    metrics = {"test/clean_accuracy": 0.9, "test/jpeg_1_accuracy": 0.6}
+    spans = []
+    for lowest in (0.0, 0.5):
+        path = tmp_path / "a.png"
+        curves.save_robustness_curves(path, {"one": metrics}, prefix="test", lowest=lowest)
+        with Image.open(path) as image:
+            picture = np.asarray(image.convert("RGB")).astype(int)
+        blue = np.abs(picture - [0x00, 0x72, 0xB2]).max(axis=2) < 12
+        spans.append(np.ptp(np.nonzero(blue[: int(0.8 * len(blue))])[0]))  # above the legend
+    assert spans[1] > 1.6 * spans[0]
 
 
 def test_bad_requests_are_told(tmp_path):
