@@ -1,13 +1,20 @@
 """Maps [n, h, w]: resize, normalise, take the positive part, find the peak, box what is high.
 
+Images of different sizes share one canvas [n, h, w], each in its upper left corner; `sizes` [n, 2]
+says how much of the canvas is image.
+
 Attribution returns raw maps; whoever shows or scores one calls these with a named mode. NaN is
 never repaired: it stays in what `resize`, `normalize` and `positive` return, and `peak` points
 at it.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from attnzoom_jax.errors import unknown_name
 
@@ -40,6 +47,86 @@ def resize(maps: jax.Array, size: tuple[int, int], *, method: str = "bilinear") 
     maps = jnp.asarray(maps, jnp.float32)
     kernel = "linear" if method == "bilinear" else "nearest"
     return jax.image.resize(maps, shape, kernel, antialias=False)
+
+
+def resize_each(
+    maps: jax.Array, sizes: jax.Array | np.ndarray, canvas: tuple[int, int]
+) -> jax.Array:
+    """Maps at the sizes of their images, bilinear as `resize`, with 0 beyond.
+
+    Equal values stay equal to the last bit, so that a constant stays one, and pixels at the same
+    distance to both sides of a peak are equal: which one is the first maximum is not left to
+    rounding.
+
+    Args:
+        maps: [n, h, w].
+        sizes: int [n, 2], (height, width) of each image, from 1 to the canvas.
+        canvas: (height, width) of the result, in pixels.
+
+    Returns:
+        float32 [n, height, width]. A NaN pixel spreads as in `resize`.
+
+    Raises:
+        ValueError: see `is_inside`.
+    """
+    chex.assert_rank(maps, 3)
+    inside = is_inside(sizes, (len(maps), *canvas))
+    resized = _resize_each(jnp.asarray(maps, jnp.float32), jnp.asarray(sizes, jnp.int32), canvas)
+    return jnp.where(inside, resized, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _resize_each(maps: jax.Array, sizes: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+    """Maps at the sizes of their images, with their borders repeated beyond."""
+    for axis, pixels in enumerate(canvas):
+        length = maps.shape[1 + axis]
+        size = sizes[:, axis, None]  # [n, 1]
+        # Pixel i lies at (i + 0.5) length / size - 0.5, here times 2 size: whole numbers.
+        place = (2 * jnp.arange(pixels, dtype=jnp.int32) + 1) * length - size  # [n, pixels]
+        place = jnp.clip(place, 0, 2 * size * (length - 1))
+        near = (place + size) // (2 * size)
+        rest = place - near * 2 * size  # to the nearest, in [-size, size)
+        shape = (-1, pixels, 1) if axis == 0 else (-1, 1, pixels)
+        value, other = (
+            jnp.take_along_axis(maps, index.reshape(shape), axis=1 + axis)
+            for index in (near, near + jnp.sign(rest))
+        )
+        weight = (jnp.abs(rest) / (2 * size)).reshape(shape)  # in [0, 1/2]
+        maps = value + (other - value) * weight
+    return maps
+
+
+def is_inside(sizes: jax.Array | np.ndarray | None, shape: tuple[int, ...]) -> jax.Array:
+    """Which pixels of a canvas belong to the image.
+
+    Args:
+        sizes: int [n, 2], (height, width) of each image; None where all fill the canvas.
+        shape: of the canvas, (n, height, width).
+
+    Returns:
+        bool [n, height, width].
+
+    Raises:
+        ValueError: another shape of sizes, and, where they are known, a size below 1 or above
+            the canvas.
+    """
+    n, height, width = shape
+    if sizes is None:
+        return jnp.ones(shape, bool)
+    if sizes.shape != (n, 2):
+        raise ValueError(f"sizes have shape {sizes.shape}; expected ({n}, 2), one for each map")
+    if not isinstance(sizes, Tracer):
+        wrong = ((np.asarray(sizes) < 1) | (np.asarray(sizes) > (height, width))).any(axis=1)
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise ValueError(
+                f"size {i} is {np.asarray(sizes)[i].tolist()}; expected (height, width) from 1 to "
+                f"the canvas of {height} x {width} pixels"
+            )
+    sizes = jnp.asarray(sizes)
+    rows = jnp.arange(height) < sizes[:, :1]  # [n, height]
+    columns = jnp.arange(width) < sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def normalize(maps: jax.Array, mode: str = "none", *, over: str = "image") -> jax.Array:

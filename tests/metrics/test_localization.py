@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from attnzoom_jax.metrics import localization
@@ -90,9 +91,100 @@ def test_ties_take_the_first_peak_and_nan_never_hits():
     np.testing.assert_array_equal(localization.pointing_hit(maps, masks), [True, False, False])
 
 
+def test_mass_accuracy_is_the_energy_inside():
+    maps, masks = example()
+    mass = localization.relevance_mass_accuracy(maps, masks)
+    np.testing.assert_array_equal(mass, localization.energy_inside(maps, masks))
+
+
+def slow_rank_accuracy(one, mask):
+    """The expected share of hits when ties are broken at random, in float64."""
+    k = int(mask.sum())
+    energy = np.maximum(one.astype(np.float64), 0).ravel()
+    hits = []
+    for seed in range(4000):
+        order = np.lexsort((np.random.default_rng(seed).random(energy.size), -energy))
+        hits.append(mask.ravel()[order[:k]].sum() / k)
+    return np.mean(hits)
+
+
+def test_rank_accuracy_equals_a_sort():
+    maps, masks = example()
+    maps = np.abs(maps)  # nothing ties
+    got = jax.jit(localization.relevance_rank_accuracy)(maps, masks)
+    want = []
+    for one, mask in zip(maps, masks, strict=True):
+        top = np.argsort(-one, axis=None)[: mask.sum()]
+        want.append(mask.ravel()[top].mean())
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_rank_accuracy_of_ties_is_what_chance_gives():
+    rng = np.random.default_rng(2)
+    maps: Any = rng.integers(-2, 3, (3, 4, 5)).astype(np.float32)
+    masks: Any = rng.random((3, 4, 5)) < 0.4
+    want = [slow_rank_accuracy(one, mask) for one, mask in zip(maps, masks, strict=True)]
+    np.testing.assert_allclose(localization.relevance_rank_accuracy(maps, masks), want, atol=0.01)
+
+
+def test_rank_accuracy_by_hand():
+    maps: Any = np.zeros((6, 2, 3), np.float32)
+    masks: Any = np.zeros((6, 2, 3), bool)
+    maps[0], masks[0, 0, :2] = [[5, 1, 0], [3, 0, 0]], True  # of 5 and 3 one lies inside
+    maps[1], masks[1, 0, 0] = [[2, 2, 2], [2, 0, 0]], True  # one of four that tie
+    masks[2, 0] = True  # an empty map: the mask's share
+    maps[3] = 1.0  # an empty mask
+    maps[4, 0, 0], masks[4, 1, 1] = np.nan, True
+    maps[5], masks[5] = [[-1, 0, 3], [0, 2, -9]], True  # the whole image
+    got = localization.relevance_rank_accuracy(maps, masks)
+    np.testing.assert_array_equal(got, [0.5, 0.25, 0.5, 0, np.nan, 1])
+
+
+def test_images_of_different_sizes_score_as_they_do_alone():
+    sizes = np.array([[6, 9], [2, 9], [6, 1], [3, 4]])
+    maps, masks = example(n=4)
+    maps[3] = -1.0  # empty
+    alone = []
+    for i, (h, w) in enumerate(sizes):
+        one, mask = maps[i : i + 1, :h, :w], masks[i : i + 1, :h, :w]
+        alone.append(
+            [
+                localization.energy_inside(one, mask)[0],
+                localization.relevance_rank_accuracy(one, mask)[0],
+                localization.mask_share(mask)[0],
+            ]
+        )
+        maps[i, h:], maps[i, :, w:], masks[i, h:], masks[i, :, w:] = 0, 0, 0, 0
+    together = [
+        localization.energy_inside(maps, masks),
+        jax.jit(localization.relevance_rank_accuracy)(maps, masks, sizes=sizes),
+        jax.jit(localization.mask_share)(masks, sizes=sizes),
+    ]
+    np.testing.assert_allclose(np.transpose(together), alone, rtol=1e-6)
+
+
+def test_four_devices_score_what_one_scores():
+    maps, masks = example(n=8)
+    sizes = np.array([[6, 9], [2, 9], [6, 1], [3, 4]] * 2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    parted = jax.device_put((maps, masks, sizes), NamedSharding(mesh, PartitionSpec("data")))
+
+    @jax.jit
+    def scores(maps, masks, sizes) -> Any:
+        rank = localization.relevance_rank_accuracy(maps, masks, sizes=sizes)
+        return localization.energy_inside(maps, masks), rank
+
+    for one, four in zip(scores(maps, masks, sizes), scores(*parted), strict=True):
+        np.testing.assert_array_equal(one, four)
+
+
 def test_bad_arguments_are_refused():
     maps, masks = example()
-    for metric in (localization.energy_inside, localization.pointing_hit):
+    for metric in (
+        localization.energy_inside,
+        localization.relevance_rank_accuracy,
+        localization.pointing_hit,
+    ):
         with pytest.raises(ValueError, match="resize the maps to the masks"):
             metric(maps[:, :3], masks)
     for tolerance in (-1, np.inf, np.nan):

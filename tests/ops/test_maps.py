@@ -158,3 +158,42 @@ def test_unknown_names_and_bad_values_are_refused():
         ops_maps.normalize(maps, "max", over="images")
     with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         ops_maps.threshold_box(maps, 1.5)
+
+
+def test_resize_each_equals_a_loop_and_resize():
+    maps = jnp.float32(np.random.default_rng(7).normal(size=(4, 3, 5)))
+    sizes = np.array([[10, 12], [1, 1], [3, 5], [7, 2]])
+    got = jax.jit(ops_maps.resize_each, static_argnums=2)(maps, sizes, (10, 12))
+    assert got.shape == (4, 10, 12) and got.dtype == jnp.float32
+    for one, (h, w), out in zip(maps, sizes, np.asarray(got), strict=True):
+        np.testing.assert_allclose(
+            out[:h, :w], slow_resize(one[None], (h, w), "bilinear")[0], atol=1e-6
+        )
+        np.testing.assert_allclose(out[:h, :w], ops_maps.resize(one[None], (h, w))[0], atol=1e-6)
+        assert not out[h:].any() and not out[:, w:].any()
+    np.testing.assert_array_equal(got[2, :3, :5], maps[2])  # its own size
+
+
+def test_resize_each_keeps_constants_and_mirrors_to_the_last_bit():
+    rng = np.random.default_rng(8)
+    constants = jnp.broadcast_to(jnp.float32(rng.normal(size=(20, 1, 1))), (20, 7, 9))
+    sizes = rng.integers(1, 59, (20, 2))
+    for value, (h, w), out in zip(
+        constants[:, 0, 0], sizes, ops_maps.resize_each(constants, sizes, (60, 60)), strict=True
+    ):
+        assert (np.asarray(out)[:h, :w] == value).all()
+    odd = sizes // 2 * 2 + 1  # no pixel exactly between two of the map
+    maps = jnp.float32(rng.normal(size=(20, 7, 9)))
+    plain, flipped = (ops_maps.resize_each(m, odd, (60, 60)) for m in (maps, maps[:, ::-1, ::-1]))
+    for (h, w), one, other in zip(odd, np.asarray(plain), np.asarray(flipped), strict=True):
+        np.testing.assert_array_equal(one[:h, :w], other[:h, :w][::-1, ::-1])
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    maps = jnp.zeros((2, 3, 3))
+    with pytest.raises(ValueError, match=r"sizes have shape \(1, 2\)"):
+        ops_maps.resize_each(maps, np.array([[2, 2]]), (4, 4))
+    for bad in ([5, 4], [0, 1]):
+        with pytest.raises(ValueError, match=r"size 1 is .* canvas of 4 x 4"):
+            ops_maps.resize_each(maps, np.array([[2, 2], bad]), (4, 4))
+    np.testing.assert_array_equal(ops_maps.is_inside(None, (2, 1, 3)), np.ones((2, 1, 3)))
