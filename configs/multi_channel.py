@@ -13,7 +13,8 @@ layer); `application` product or residual, see layers/multi_channel.py.
 
 After Kimura and Tanaka 2019 (arXiv 1905.02719), whose recipe could not be read: all of it is ours.
 tools/tune_masks.py chooses the intentional transformation of each attribute's masks on validation
-images, and evaluates it.
+images, and evaluates it. To train through one, set it in a config file of your own:
+config.model.transform = {"name": "power", "exponent": 2.0}.
 
 Hardware and time: one GPU for the photographs, not yet timed by us; fine_shapes on two CPU cores,
 minutes. Expected: configs/suites/attributes.py compares on fine_shapes; of celeb_a and cub200 not
@@ -21,6 +22,7 @@ known yet. `:tiny`, also after the choices, runs in seconds, offline.
 """
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from configs import default
 
@@ -37,6 +39,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config = default.get_config()
     config.model.update({"name": "multi_channel", "granularity": choices["masks"]})
     config.model.application = choices["application"]
+    config.model.update({"rank": placeholder(int), "hidden": placeholder(int)})
     config.data.labels = "attributes"
     config.losses = {"attributes": {"name": "binary_cross_entropy"}}
     config.best_metric = "validation/balanced_accuracy"
