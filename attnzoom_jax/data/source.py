@@ -291,18 +291,25 @@ def _open_records(builder: Any, name: str, split: str, root: pathlib.Path) -> Se
         rows[file.filename] = start + np.arange(file.examples_in_shard)
         start += file.examples_in_shard
     chosen = [rows[file.filename][file.skip : file.skip + file.take] for file in files]
-    return _Rows(records, np.concatenate(chosen))
+    return Rows(records, np.concatenate(chosen))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows(Sequence[bytes]):
+class Rows(Sequence[Any]):
+    """Some rows of a sequence, in an order of their own.
+
+    Attributes:
+        records: the sequence.
+        rows: int [n], places in it.
+    """
+
     records: Any
     rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Any) -> bytes:
+    def __getitem__(self, index: Any) -> Any:
         return self.records[int(self.rows[index])]
 
 

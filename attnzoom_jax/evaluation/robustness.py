@@ -25,7 +25,7 @@ from attnzoom_jax.data.augment import center_crop
 from attnzoom_jax.data.corruptions import CORRUPTIONS, LEVELS, Corrupted
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.data.pipeline import Resize
-from attnzoom_jax.data.source import Source
+from attnzoom_jax.data.source import Rows, Source
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.evaluation.maps import say_progress
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
@@ -287,20 +287,8 @@ def setting_name(norm: str, epsilon: float) -> str:
     return f"{norm}_{steps}_255" if is_whole else f"{norm}_{epsilon:g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chosen(Sequence[dict[str, Any]]):
-    examples: Sequence[dict[str, Any]]
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        return self.examples[int(self.rows[index])]
-
-
 def _choose(source: Source, rows: np.ndarray) -> Source:
-    return dataclasses.replace(source, examples=_Chosen(source.examples, rows))
+    return dataclasses.replace(source, examples=Rows(source.examples, rows))
 
 
 def _spread(size: int, count: int, key: str, name: str) -> np.ndarray:
