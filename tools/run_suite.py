@@ -133,8 +133,8 @@ def _write(
         runs.append({"run": run, **kept, "training_s": training["duration_s"]})
         if run not in suite.get("tuned", ()):
             continue
-        transforms = json.loads((folder / STUDY).read_text())["transforms"]
-        for name, one in transforms.items():
+        study = json.loads((folder / STUDY).read_text())
+        for name, one in {**study["transforms"], **study["controls"]}.items():
             if name != "identity":  # nothing was trained for it
                 further = {**kept, "metrics": one["test"], "training_s": 0.0}
                 runs.append({"run": f"{run}_{name}", **further})

@@ -5,14 +5,16 @@
 For a run of configs/multi_channel.py. Every transform of ops/masks.py, at every point of a grid, is
 scored on validation images, clean and corrupted; each attribute takes what serves it best. What is
 chosen, within each transform and among all, then goes through the evaluations of the config that
-are not part of training, on test images, beside the untransformed masks. WORKDIR/mask_study.json
-holds all of it; "chosen" is what an evaluator takes as `transform`, or a config as model.transform.
+are not part of training, on test images, beside the untransformed masks, and beside a control that
+leaves the masks and moves the decision threshold of each attribute. WORKDIR/mask_study.json holds
+all of it; "chosen" is what an evaluator takes as `transform`, or a config as model.transform.
 
 Validation images are corrupted in three of the eight ways of the robustness evaluation, at one
 level, so that most of what the test does to images was unknown when the choice was made;
 --corruptions chooses others.
 """
 
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -25,7 +27,7 @@ from attnzoom_jax import cli
 from attnzoom_jax.data.corruptions import CORRUPTIONS
 from attnzoom_jax.evaluation import create_evaluator
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
-from attnzoom_jax.evaluation.tune_masks import tune_masks
+from attnzoom_jax.evaluation.tune_masks import shift_logits, tune_masks
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.workdir import Workdir, provenance, to_plain
 
@@ -65,6 +67,10 @@ def study(
     for name, one in found["transforms"].items():
         print(f"evaluating {name} ...", flush=True)
         one["test"] = _test(trained, one["chosen"], mesh)
+    for name, one in found["controls"].items():
+        print(f"evaluating the control {name} ...", flush=True)
+        variables = shift_logits(trained.variables, one["chosen"])
+        one["test"] = _test(dataclasses.replace(trained, variables=variables), None, mesh)
     found |= {"step": trained.step, "seed": config.seed, **provenance()}
     Workdir(workdir).write(STUDY, found)
     return found
@@ -90,7 +96,7 @@ def _test(trained: TrainedModel, chosen: Any, mesh: Any) -> dict[str, float]:
 
 def print_table(found: dict[str, Any]) -> None:
     """Print the score of each transform on the validation images, and what the test says."""
-    transforms = found["transforms"]
+    transforms = {**found["transforms"], **found["controls"]}
     names = [
         name for name in transforms["identity"]["test"] if name.rpartition("/")[2] in SHOWN
     ] + [n for n in transforms["identity"]["test"] if n.endswith("/attack_accuracy")]

@@ -9,12 +9,18 @@ where there is a single mask for all attributes.
 
 With a single label the accuracy takes its place, with a single mask the mean over all k. Of equal
 scores the identity is taken, then the first of the grid.
+
+A weaker mask also lowers a logit, and so moves the line between yes and no, which a balanced
+accuracy may like for that alone. The control leaves the masks as they are and adds to each logit
+what serves it best: a transform that does no better has found a threshold, not a better mask.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -42,6 +48,7 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
     "saturation": {"threshold": (0.4, 0.5, 0.6, 0.8)},
 }
 IDENTITY = {"name": "identity"}
+SHIFTS = (-3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
 def tune_masks(
@@ -69,7 +76,8 @@ def tune_masks(
         The study, as JSON takes it: "split", "conditions", "attributes" (one name, "all", where all
         take the same), "identity" [a], the scores without a transform, and "transforms", {name:
         {"candidates": [transform], "scores": [candidates][a], "chosen": [transform of each
-        attribute], "score": mean over the attributes}}, with "best" for the best of all of them.
+        attribute], "score": mean over the attributes}}, with "best" for the best of all of them;
+        "controls", likewise, {} with a single label, else {"shift": ...}, for `shift_logits`.
 
     Raises:
         ValueError: a model without masks, or with a transform already; no corruption or an unknown
@@ -84,19 +92,22 @@ def tune_masks(
     data = trained.config.data
     has_attributes = getattr(data, "labels", "label") == "attributes"
     candidates = [IDENTITY, *_candidates(GRID if grid is None else grid)]
+    shifts = [IDENTITY, *({"name": "shift", "amount": x} for x in SHIFTS if has_attributes)]
 
     def batch_sums(variables: Any, batch: Batch) -> Sums:
         images = to_input(batch["image"], data)
         inputs = {**extra_inputs(batch), **train_argument(trained.model, False)}
         fn = bind(trained.model, variables, **inputs)
         gate = gate_of(attribution.list_taps(fn, images))
-        _, taps = attribution.read_taps(fn, images, [gate])
+        plain, taps = attribution.read_taps(fn, images, [gate])
         score = attribute_sums if has_attributes else classification_sums
         sums = {}
         for i, candidate in enumerate(candidates):
             masks = transform_masks(taps[gate], candidate)
             logits, _ = attribution.read_taps(Known(fn, {gate: masks}), images, [])
             sums[str(i)] = score(logits, batch["label"], batch["mask"])
+        for i, shift in enumerate(shifts[1:], start=len(candidates)):
+            sums[str(i)] = score(plain + shift["amount"], batch["label"], batch["mask"])
         return sums
 
     evaluated = EvalSplit(
@@ -110,7 +121,7 @@ def tune_masks(
             return source if name == "clean" else corrupted(source, data, name, level, seed=seed)
 
         sums: Any = evaluated.run(trained.variables, change)
-        scores.append([_accuracy(sums[str(i)]) for i in range(len(candidates))])
+        scores.append([_accuracy(sums[str(i)]) for i in range(len(sums))])
     clean, rest = np.array(scores[0]), np.array(scores[1:])  # [candidates, a or 1]
     score = (clean + rest.mean(axis=0)) / 2
     if np.isnan(score).all():
@@ -118,6 +129,8 @@ def tune_masks(
             f"none of the {len(trained.class_names)} attributes can be scored in {split}; take a "
             "larger split"
         )
+    of_shifts = score[[0, *range(len(candidates), len(score))]]  # every logit has its own
+    score = score[: len(candidates)]
     takes_own = has_attributes and trained.config.model.get("granularity") != "single"
     if not takes_own:
         score = np.nanmean(score, axis=1, keepdims=True)
@@ -126,8 +139,28 @@ def tune_masks(
         "conditions": ["clean", *(f"{name}_{level}" for name in corruptions)],
         "attributes": list(trained.class_names) if takes_own else ["all"],
         "identity": [v if np.isfinite(v) else None for v in score[0].tolist()],
-        "transforms": _choose(candidates, score),
+        "transforms": _choose(candidates, score, best=True),
+        "controls": _choose(shifts, of_shifts),
     }
+
+
+def shift_logits(variables: Any, chosen: Sequence[Mapping[str, Any]]) -> Any:
+    """Variables of an `AttributeModel` with other biases of its heads.
+
+    Args:
+        variables: of the model, or of one around it.
+        chosen: of each attribute, the identity or {"name": "shift", "amount": what is added}.
+
+    Returns:
+        The variables.
+    """
+    amounts = jnp.array([shift.get("amount", 0.0) for shift in chosen])
+
+    def shift(path: Any, leaf: jax.Array) -> jax.Array:
+        is_bias = [key.key for key in path][-2:] == ["heads", "bias"]
+        return leaf + amounts if is_bias else leaf
+
+    return jax.tree_util.tree_map_with_path(shift, variables)
 
 
 def _candidates(grid: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
@@ -147,20 +180,23 @@ def _accuracy(sums: Mapping[str, np.ndarray]) -> np.ndarray:
         return (of_true + sums["true_negatives"] / sums["negatives"]) / 2
 
 
-def _choose(candidates: Sequence[Mapping[str, Any]], score: np.ndarray) -> dict[str, Any]:
-    """The best candidate of every attribute, within each transform and among all."""
+def _choose(
+    candidates: Sequence[Mapping[str, Any]], score: np.ndarray, *, best: bool = False
+) -> dict[str, Any]:
+    """The best candidate of every attribute, within each name and, as "best", among all."""
     found = {}
     names = list(dict.fromkeys(candidate["name"] for candidate in candidates[1:]))
-    for name in [*names, "best"]:
+    for name in [*names, *(["best"] if best else [])]:
         rows = [0, *(i for i, c in enumerate(candidates) if i and name in (c["name"], "best"))]
         own = np.where(np.isnan(score[rows]), -np.inf, score[rows])  # the identity comes first
         chosen = own.argmax(axis=0)
-        best = own.max(axis=0)
+        highest = own.max(axis=0)
         found[name] = {
             "candidates": [dict(candidates[i]) for i in rows],
             "scores": [[v if np.isfinite(v) else None for v in row] for row in own.tolist()],
             "chosen": [dict(candidates[rows[k]]) for k in chosen],
-            "score": float(best[np.isfinite(best)].mean()),
+            "score": float(highest[np.isfinite(highest)].mean()),
         }
-    del found["best"]["candidates"], found["best"]["scores"]  # those of all the others
+    if best:
+        del found["best"]["candidates"], found["best"]["scores"]  # those of all the others
     return found

@@ -9,7 +9,7 @@ from attnzoom_jax.data.corruptions import CORRUPTIONS
 from attnzoom_jax.data.datasets.fine_shapes_renderer import ATTRIBUTES
 from attnzoom_jax.evaluation import create_evaluator
 from attnzoom_jax.evaluation.restore import TrainedModel
-from attnzoom_jax.evaluation.tune_masks import GRID, tune_masks
+from attnzoom_jax.evaluation.tune_masks import GRID, shift_logits, tune_masks
 from attnzoom_jax.models import create_model
 from attnzoom_jax.ops.masks import check_transforms
 from attnzoom_jax.training.sharding import create_mesh
@@ -96,6 +96,20 @@ def test_what_is_chosen_does_on_the_same_images_what_the_study_says(trained, stu
     ).run(trained.variables)
     score = (clean + robust["validation/corruption_balanced_accuracy"]) / 2
     assert score == pytest.approx(study["transforms"]["best"]["score"], abs=1e-6)
+
+
+def test_the_control_shifts_logits(trained, study):
+    one = study["controls"]["shift"]
+    assert one["scores"][0] == study["identity"]
+    assert one["score"] == pytest.approx(np.max(one["scores"], axis=0).mean())
+    assert one["score"] > np.mean(study["identity"])
+    variables = shift_logits(trained.variables, one["chosen"])
+    other = dataclasses.replace(trained, variables=variables)
+    clean = np.mean(balanced(other, {"name": "identity"}))
+    corrupted = [
+        balanced(other, {"name": "identity"}, name) for name in ("contrast", "gaussian_noise")
+    ]
+    assert (clean + np.mean(corrupted)) / 2 == pytest.approx(one["score"], abs=1e-6)
 
 
 def test_the_default_grid_is_in_range():

@@ -89,7 +89,7 @@ def test_tuned_runs_are_tuned_once_and_give_further_runs(suite, monkeypatch, tmp
         tuned.append(folder.name)
         of_power = {"chosen": [{"name": "power"}], "test": {"test/top1": 0.9}}
         study = {"identity": {"chosen": None, "test": {}}, "power": of_power}
-        (folder / "mask_study.json").write_text(json.dumps({"transforms": study}))
+        (folder / "mask_study.json").write_text(json.dumps({"transforms": study, "controls": {}}))
 
     monkeypatch.setattr(run_suite, "_call", programme)
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_folders_may_be_relative(suite, monkeypatch, tmp_path):
         folders.append(pathlib.Path(dict(w.split("=", 1) for w in command[1:])["--workdir"]))
         if command[0] != "tools/tune_masks.py":
             return train_and_evaluate(command)
-        (folders[-1] / "mask_study.json").write_text(json.dumps({"transforms": {}}))
+        (folders[-1] / "mask_study.json").write_text(json.dumps({"transforms": {}, "controls": {}}))
 
     monkeypatch.setattr(run_suite, "_call", programme)
     run_suite.run_suite("s", pathlib.Path("runs"), results=tmp_path / "results")
