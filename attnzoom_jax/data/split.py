@@ -28,8 +28,23 @@ def open_split(data: Any, *, split: str, fields: Sequence[str] = ("image", "labe
         ValueError: unknown `data.labels`; as `open_source`, `attributes.open_attributes` and
             `patches.add_boxes`.
     """
+    source = LABELS[labels_of(data)](data.name, split=split, data_dir=data.dir, fields=fields)
+    return add_boxes(source, data, split=split) if data.patches and "image" in fields else source
+
+
+def labels_of(data: Any) -> str:
+    """What a config's data set is labelled with: "label", class ids, or "attributes".
+
+    Args:
+        data: the config's `data` section.
+
+    Returns:
+        A key of LABELS.
+
+    Raises:
+        ValueError: unknown `data.labels`.
+    """
     labels = getattr(data, "labels", "label")  # runs of earlier versions have no such key
     if labels not in LABELS:
         raise unknown_name("data.labels", labels, LABELS)
-    source = LABELS[labels](data.name, split=split, data_dir=data.dir, fields=fields)
-    return add_boxes(source, data, split=split) if data.patches and "image" in fields else source
+    return labels

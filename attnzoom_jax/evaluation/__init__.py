@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 from jax.sharding import Mesh
 
+from attnzoom_jax.data.split import labels_of
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.evaluation.attributes import Attributes
 from attnzoom_jax.evaluation.classify import Classify
@@ -53,10 +54,10 @@ def create_evaluator(name: str, model: nn.Module, *, data: Any, mesh: Mesh, **op
         if option not in known:
             raise unknown_name(f"option of {name}", option, known)
     expected = _LABELS.get(name)
-    if expected and data.get("labels", "label") != expected:
+    if expected and labels_of(data) != expected:
         raise ValueError(
             f"the evaluator {name} needs data.labels={expected}, and it is "
-            f"{data.get('labels', 'label')}; attributes are scored by the evaluator attributes"
+            f"{labels_of(data)}; attributes are scored by the evaluator attributes"
         )
     return _EVALUATORS[name](model, data=data, mesh=mesh, **options)
 

@@ -14,7 +14,7 @@ from attnzoom_jax.data.augment import center_crop
 from attnzoom_jax.data.image_file import read_image
 from attnzoom_jax.data.pipeline import Resize
 from attnzoom_jax.data.source import data_root, open_builder
-from attnzoom_jax.data.split import LABELS
+from attnzoom_jax.data.split import LABELS, labels_of
 from attnzoom_jax.evaluation.maps import map_function, say_progress
 from attnzoom_jax.evaluation.restore import TrainedModel
 
@@ -101,7 +101,7 @@ def chunks_of_split(
     """
     data = trained.config.data
     fields = ("image", "label", *masks)
-    open_labelled = LABELS[data.get("labels", "label")]
+    open_labelled = LABELS[labels_of(data)]
     source = open_labelled(data.name, split=split, data_dir=data.dir, fields=fields)
     resize = Resize(data.resize, data.image_size)
 

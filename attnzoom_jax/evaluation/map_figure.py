@@ -10,6 +10,7 @@ import numpy as np
 
 from attnzoom_jax import attribution
 from attnzoom_jax.attribution.methods import takes
+from attnzoom_jax.data.split import labels_of
 from attnzoom_jax.evaluation.examples import Examples, target_ids
 from attnzoom_jax.evaluation.maps import as_function, compute_maps, save_arrays
 from attnzoom_jax.evaluation.restore import TrainedModel
@@ -153,4 +154,4 @@ def _title(trained: TrainedModel, probabilities: np.ndarray, label: np.ndarray) 
 
 def has_attributes(trained: TrainedModel) -> bool:
     """Whether the labels of a run are attributes, not classes."""
-    return trained.config.data.get("labels", "label") == "attributes"
+    return labels_of(trained.config.data) == "attributes"

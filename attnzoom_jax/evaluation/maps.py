@@ -11,6 +11,7 @@ import numpy as np
 
 from attnzoom_jax import attribution
 from attnzoom_jax.attribution.methods import create_method, takes
+from attnzoom_jax.data.split import labels_of
 from attnzoom_jax.evaluation.restore import TrainedModel
 from attnzoom_jax.evaluation.split import to_input
 from attnzoom_jax.models import bind
@@ -146,7 +147,7 @@ def _explain_chunk(
     # Gradients in a loop are slow where the loop is compiled (see attribution/chunks.py).
     loops = [name for name in methods if takes(name, "samples") or takes(name, "steps")]
     data = trained.config.data
-    has_attributes = data.get("labels", "label") == "attributes"
+    has_attributes = labels_of(data) == "attributes"
     to_probabilities = jax.nn.sigmoid if has_attributes else jax.nn.softmax
 
     @jax.jit

@@ -26,6 +26,7 @@ from attnzoom_jax.data.corruptions import CORRUPTIONS, LEVELS, Corrupted
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.data.pipeline import Resize
 from attnzoom_jax.data.source import Rows, Source
+from attnzoom_jax.data.split import labels_of
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.evaluation.maps import say_progress
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
@@ -154,7 +155,7 @@ class Robustness:
         return {f"{self.prefix}/{name}": metrics[name] for name in self._names()}
 
     def _names(self) -> list[str]:
-        has_attributes = self._data.get("labels", "label") == "attributes"  # as in open_split
+        has_attributes = labels_of(self._data) == "attributes"
         names = ["count"]
         for score in ("accuracy", "balanced_accuracy") if has_attributes else ("accuracy",):
             names += [f"clean_{score}"]

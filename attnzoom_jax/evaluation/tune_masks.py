@@ -28,12 +28,13 @@ from attnzoom_jax import attribution
 from attnzoom_jax.attribution.program import Known
 from attnzoom_jax.data.corruptions import CORRUPTIONS, Corrupted
 from attnzoom_jax.data.patches import extra_inputs
+from attnzoom_jax.data.split import labels_of
 from attnzoom_jax.evaluation.attributes import gate_of
 from attnzoom_jax.evaluation.maps import say_progress
 from attnzoom_jax.evaluation.restore import TrainedModel
 from attnzoom_jax.evaluation.robustness import corrupted
 from attnzoom_jax.evaluation.split import Batch, EvalSplit, Sums, to_input
-from attnzoom_jax.metrics.attributes import attribute_sums
+from attnzoom_jax.metrics.attributes import attribute_sums, balanced_accuracy
 from attnzoom_jax.metrics.classification import classification_sums
 from attnzoom_jax.models import bind, with_transform
 from attnzoom_jax.models.insert import train_argument
@@ -90,7 +91,7 @@ def tune_masks(
     for name in corruptions:  # before anything is read
         Corrupted((), name, level, seed=seed)
     data = trained.config.data
-    has_attributes = getattr(data, "labels", "label") == "attributes"
+    has_attributes = labels_of(data) == "attributes"
     candidates = [IDENTITY, *_candidates(GRID if grid is None else grid)]
     shifts = [IDENTITY, *({"name": "shift", "amount": x} for x in SHIFTS if has_attributes)]
 
@@ -175,9 +176,7 @@ def _accuracy(sums: Mapping[str, np.ndarray]) -> np.ndarray:
     """Balanced accuracy [a], NaN where all examples or none have the attribute; accuracy [1]."""
     if "top1" in sums:
         return np.array([sums["top1"] / sums["count"]])
-    with np.errstate(invalid="ignore"):
-        of_true = sums["true_positives"] / sums["positives"]
-        return (of_true + sums["true_negatives"] / sums["negatives"]) / 2
+    return balanced_accuracy(sums)
 
 
 def _choose(

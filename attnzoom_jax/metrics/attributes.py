@@ -76,14 +76,28 @@ def attribute_metrics(
         raise ValueError("no example was counted; expected sums over at least one, check the split")
     is_scored = (positives > 0) & (negatives > 0)
     accuracy = (total["true_positives"] + total["true_negatives"]) / count
-    recalls = total["true_positives"] / np.maximum(positives, 1)
-    balanced = (recalls + total["true_negatives"] / np.maximum(negatives, 1)) / 2
     return {
         **mean_and_each("accuracy", accuracy, names),
-        **mean_and_each("balanced_accuracy", np.where(is_scored, balanced, np.nan), names),
+        **mean_and_each("balanced_accuracy", balanced_accuracy(total), names),
         "attributes_scored": int(is_scored.sum()),
         "count": int(count[0]),
     }
+
+
+def balanced_accuracy(sums: Mapping[str, jax.Array | np.ndarray]) -> np.ndarray:
+    """The balanced accuracy of each attribute; runs on the host.
+
+    Args:
+        sums: what `attribute_sums` returns, or several of them added up.
+
+    Returns:
+        float64 [a] in [0, 1]; NaN for an attribute that all examples have, or none.
+    """
+    total = {name: np.asarray(value, np.float64) for name, value in sums.items()}
+    positives, negatives = total["positives"], total["negatives"]
+    recalls = total["true_positives"] / np.maximum(positives, 1)
+    balanced = (recalls + total["true_negatives"] / np.maximum(negatives, 1)) / 2
+    return np.where((positives > 0) & (negatives > 0), balanced, np.nan)
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

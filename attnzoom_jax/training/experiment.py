@@ -14,7 +14,7 @@ from attnzoom_jax.data.auto_augment import POLICY_NAMES
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.data.pipeline import Resize, check_one_size, check_train_batch
 from attnzoom_jax.data.source import Source
-from attnzoom_jax.data.split import open_split
+from attnzoom_jax.data.split import labels_of, open_split
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.models import create_model
 from attnzoom_jax.training.objective import create_terms, total_loss
@@ -187,7 +187,7 @@ def _check_losses(
 ) -> None:
     """Terms of the loss must fit the labels, and find taps with the shapes that they need."""
     softmax = [name for name, term in recipe.losses.items() if isinstance(term, CrossEntropy)]
-    if data.labels == "attributes" and softmax:
+    if labels_of(data) == "attributes" and softmax:
         raise ValueError(
             f"losses.{softmax[0]} is a softmax over classes, of which an image has one, and "
             "data.labels is attributes; set its name to binary_cross_entropy"
