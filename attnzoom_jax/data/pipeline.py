@@ -47,28 +47,44 @@ class Resize:
 
         Args:
             image: uint8 [h, w, c], or for masks also uint16.
-            is_mask: take the nearest pixel, so that no new values arise. Else: pixel areas along an
-                axis that shrinks, linear interpolation along one that grows.
+            is_mask: see `resize_image`.
 
         Returns:
             [size, size, c], the dtype of image; in mode "none" the image itself.
         """
         if self.mode == "none":
             return image
-        h, w, c = image.shape
+        h, w, _ = image.shape
         rows = columns = self.size
         if self.mode == "crop":
             scale = self.size / min(h, w)
             rows, columns = max(self.size, round(h * scale)), max(self.size, round(w * scale))
-        if is_mask:  # _EXACT: cv2.INTER_NEAREST itself is half a pixel off
-            image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)
-        else:
-            smaller = (min(w, columns), min(h, rows))
-            image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
-            image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
-        image = image.reshape(rows, columns, c)  # OpenCV drops a single channel
+        image = resize_image(image, (rows, columns), is_mask=is_mask)
         top, left = (rows - self.size) // 2, (columns - self.size) // 2
         return image[top : top + self.size, left : left + self.size]
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], *, is_mask: bool = False) -> np.ndarray:
+    """Resize one image or mask on the host.
+
+    Args:
+        image: uint8 [h, w, c], or for masks also uint16.
+        size: (height, width) of the result, in pixels.
+        is_mask: take the nearest pixel, so that no new values arise. Else: pixel areas along an
+            axis that shrinks, linear interpolation along one that grows.
+
+    Returns:
+        [height, width, c], the dtype of image.
+    """
+    h, w, c = image.shape
+    rows, columns = size
+    if is_mask:  # _EXACT: cv2.INTER_NEAREST itself is half a pixel off
+        image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)
+    else:
+        smaller = (min(w, columns), min(h, rows))
+        image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
+    return image.reshape(rows, columns, c)  # OpenCV drops a single channel
 
 
 def example_order(positions: np.ndarray, *, num_examples: int, seed: int) -> np.ndarray:

@@ -41,3 +41,10 @@ def test_a_truncated_png_is_named(tmp_path):
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"half\.png is no readable image"):
         read_image(tmp_path / "half.png")
+
+
+def test_pixels_as_they_are_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png", upright=False), PIXELS)
