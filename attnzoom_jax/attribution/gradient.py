@@ -41,9 +41,10 @@ from attnzoom_jax.attribution.targets import (
     target_score,
 )
 from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.ops.maximum import first_max
 
 REDUCTIONS = {
-    "max_abs": lambda values: jnp.abs(values).max(axis=-1),
+    "max_abs": lambda values: first_max(jnp.abs(values), axis=-1),
     "sum": lambda values: values.sum(axis=-1),
 }
 

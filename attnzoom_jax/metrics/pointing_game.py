@@ -32,6 +32,7 @@ import numpy as np
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.ops import boxes as ops_boxes
 from attnzoom_jax.ops import maps as ops_maps
+from attnzoom_jax.ops.maximum import first_max
 
 TOLERANCE = 15.0
 DIFFICULT_SHARE = 0.25  # of the image; smaller classes are difficult to point at
@@ -80,8 +81,8 @@ def is_empty(maps: jax.Array, sizes: Array | None = None) -> jax.Array:
         bool [n]; False where a map holds NaN.
     """
     is_inside = ops_maps.is_inside(sizes, maps.shape)
-    lowest = jnp.where(is_inside, maps, jnp.inf).min(axis=(1, 2))
-    return jnp.where(is_inside, maps, -jnp.inf).max(axis=(1, 2)) == lowest
+    lowest = -first_max(jnp.where(is_inside, -maps, -jnp.inf), axis=(1, 2))
+    return first_max(jnp.where(is_inside, maps, -jnp.inf), axis=(1, 2)) == lowest
 
 
 def center_points(sizes: Array) -> jax.Array:

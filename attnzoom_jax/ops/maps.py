@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.ops.maximum import first_max
 
 RESIZE_METHODS = ("bilinear", "nearest")
 NORMALIZE_MODES = ("none", "max", "min_max")
@@ -156,8 +157,8 @@ def normalize(maps: jax.Array, mode: str = "none", *, over: str = "image") -> ja
         return maps
     axes = (1, 2) if over == "image" else (0, 1, 2)
     if mode == "min_max":
-        maps = maps - maps.min(axis=axes, keepdims=True)
-    top = jnp.abs(maps).max(axis=axes, keepdims=True)  # NaN if there is one
+        maps = maps + first_max(-maps, axis=axes, keepdims=True)
+    top = first_max(jnp.abs(maps), axis=axes, keepdims=True)
     flat = top == 0
     return jnp.where(flat, 0.0, maps / jnp.where(flat, 1.0, top))
 
@@ -211,7 +212,7 @@ def threshold_box(maps: jax.Array, threshold: float) -> jax.Array:
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a share of the maximum in [0, 1]")
     maps = jnp.asarray(maps, jnp.float32)
-    top = maps.max(axis=(1, 2), keepdims=True)  # [n, 1, 1]
+    top = first_max(maps, axis=(1, 2), keepdims=True)  # [n, 1, 1]
     high = (maps >= threshold * top) | ~(top > 0)  # [n, h, w]
     y0, y1 = _extent(high.any(axis=2))
     x0, x1 = _extent(high.any(axis=1))

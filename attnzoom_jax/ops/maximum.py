@@ -1,8 +1,11 @@
-"""A maximum along axes that is safe to differentiate.
+"""A maximum along axes that is safe to differentiate, and keeps NaN.
 
 The gradient of jnp.max compares x with its maximum once more: where a compiler computes x a second
 time, rounded otherwise, no place is equal, and the gradient is divided by zero (seen in CBAM with
 XLA's optimisations off). Choosing a place by argmax cannot fail so.
+
+jnp.max should be NaN where there is one, but XLA's reductions on the CPU drop it from larger arrays
+(JAX 0.10.2). argmax finds it.
 """
 
 import math
@@ -15,12 +18,12 @@ def first_max(x: jax.Array, *, axis: int | tuple[int, ...], keepdims: bool = Fal
     """The maximum; its gradient goes to the first place that reaches it, as torch's max does.
 
     Args:
-        x: array without NaN.
+        x: floats of any shape.
         axis: one axis, or neighbouring ones in increasing order.
         keepdims: whether the axes stay, with length 1.
 
     Returns:
-        The maximum, without these axes unless `keepdims`.
+        The maximum, NaN where there is one, without these axes unless `keepdims`.
     """
     axes = (axis,) if isinstance(axis, int) else axis
     axes = tuple(a % x.ndim for a in axes)

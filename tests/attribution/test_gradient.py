@@ -340,3 +340,14 @@ def test_bad_settings_are_one_clear_error():
             attribution.integrated_gradients(
                 network, in_float32(), TARGETS, baseline=np.zeros(shape)
             )
+
+
+def test_nan_in_a_gradient_is_nan_in_its_map():
+    """XLA's maximum over the channels would drop it."""
+    images = jnp.ones((2, 32, 32, 3))
+    maps = attribution.gradient(
+        lambda x: jnp.stack([x.sum((1, 2, 3)) * jnp.array([1.0, jnp.nan])] * 2, axis=1),
+        images,
+        jnp.array([0, 1]),
+    )
+    assert np.isnan(maps).all(axis=(1, 2)).tolist() == [False, True]

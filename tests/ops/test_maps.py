@@ -197,3 +197,11 @@ def test_sizes_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=r"size 1 is .* canvas of 4 x 4"):
             ops_maps.resize_each(maps, np.array([[2, 2], bad]), (4, 4))
     np.testing.assert_array_equal(ops_maps.is_inside(None, (2, 1, 3)), np.ones((2, 1, 3)))
+
+
+@pytest.mark.parametrize("mode", ["max", "min_max"])
+def test_normalize_keeps_a_nan_of_a_large_map(mode):
+    maps = np.random.default_rng(0).random((3, 64, 64)).astype(np.float32)
+    maps[1, 3, 5] = np.nan
+    found = np.asarray(ops_maps.normalize(maps, mode))
+    assert np.isnan(found).all(axis=(1, 2)).tolist() == [False, True, False]

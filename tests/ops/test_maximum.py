@@ -15,6 +15,16 @@ def test_values_are_those_of_numpy(axis, keepdims):
     np.testing.assert_array_equal(found, X.max(axis=axis, keepdims=keepdims))
 
 
+@pytest.mark.parametrize("shape", [(4, 64, 64), (2, 8, 8)])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_nan_stays(shape, wrap):
+    x = np.random.default_rng(0).random(shape).astype(np.float32)
+    x[1, 3, 5] = np.nan
+    found = wrap(lambda x: first_max(x, axis=(1, 2)))(x)
+    np.testing.assert_array_equal(found, x.max(axis=(1, 2)))
+    assert np.isnan(found[1])
+
+
 def test_the_gradient_goes_to_the_first_of_equal_places():
     upstream = np.random.default_rng(1).normal(size=(3, 6)).astype(np.float32)
     found = jax.grad(lambda x: (first_max(x, axis=(1, 2)) * upstream).sum())(jnp.asarray(X))
