@@ -1,6 +1,9 @@
 """Evaluate a run: python eval.py --workdir=runs/demo [--checkpoint=best|last|STEP].
 
 Runs every evaluation of the config, writes eval.json into the workdir and prints a table.
+
+A network that was never trained here needs no run: python eval.py --config=FILE.py --workdir=OUT,
+where the config has `network`, or `model.name` and `pretrained`.
 """
 
 from typing import Any
@@ -9,7 +12,7 @@ from absl import flags
 
 from attnzoom_jax import cli
 from attnzoom_jax.evaluation import create_evaluator
-from attnzoom_jax.evaluation.restore import restore_model
+from attnzoom_jax.evaluation.restore import load_model
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.workdir import Workdir, provenance, to_plain
 
@@ -22,10 +25,10 @@ def evaluate(
     overrides: dict[str, Any] | None = None,
     data_dir: str = "",
 ) -> dict[str, float]:
-    """Evaluate a checkpoint of a run and write eval.json.
+    """Evaluate a checkpoint of a run, or a network with published weights, and write eval.json.
 
     Args:
-        workdir: folder of the run.
+        workdir: folder of the run; one without a run is made for the results.
         checkpoint: "best", "last" or a step.
         config: instead of the run's own.
         overrides: what the command line changed in that config.
@@ -37,18 +40,30 @@ def evaluate(
     Raises:
         ValueError: what a person can mend, in one message.
     """
-    mesh = sharding.create_mesh()
-    trained = restore_model(
+    own = Workdir(workdir).config() if config is None else config
+    mesh = sharding.mesh_anywhere(own.get("mesh"))
+    trained = load_model(
         workdir, checkpoint=checkpoint, config=config, data_dir=data_dir, mesh=mesh
     )
-    config = trained.config
+    config, folder = trained.config, Workdir(workdir)
     evaluators = {
-        name: create_evaluator(model=trained.model, data=config.data, mesh=mesh, **options)
+        name: create_evaluator(
+            model=trained.model,
+            data=config.data,
+            mesh=mesh,
+            **{
+                "class_names": trained.class_names,
+                "folder": folder.path / "tables" / name,
+                **options,
+            },
+        )
         for name, options in config.evals.items()
     }
+    folder.create()
     metrics: dict[str, float] = {}
     for name, evaluator in evaluators.items():
-        print(f"evaluating {name} (checkpoint {trained.step}) ...", flush=True)
+        of = "" if trained.step is None else f" (checkpoint {trained.step})"
+        print(f"evaluating {name}{of} ...", flush=True)
         new = evaluator.run(trained.variables)
         twice = metrics.keys() & new.keys()
         if twice:
@@ -56,7 +71,6 @@ def evaluate(
                 f"evals.{name} and one before it both give {min(twice)!r}; set evals.{name}.prefix"
             )
         metrics.update(new)
-    folder = Workdir(workdir)
     folder.write(
         "eval.json",
         {
@@ -97,7 +111,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_config_flag("Config file, instead of the config that the run was trained with")
-    flags.DEFINE_string("workdir", None, "Folder of the run")
+    cli.define_process_flags()
+    flags.DEFINE_string("workdir", None, "Folder of the run, or for the results of a network")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
     flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")
     flags.mark_flag_as_required("workdir")

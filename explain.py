@@ -15,7 +15,8 @@
                 of --other_workdir beside it: robustness.png and robustness.csv; and mask_study.png
                 where tools/tune_masks.py has tuned its masks
 
---list_taps prints where a map can be taken.
+--list_taps prints where a map can be taken. --config=FILE.py explains a network that was never
+trained here, as eval.py evaluates it; --workdir is then a folder for the pictures.
 """
 
 import ast
@@ -40,7 +41,7 @@ from attnzoom_jax.evaluation.examples import (
     right_and_wrong,
 )
 from attnzoom_jax.evaluation.map_figure import explain, has_attributes, list_taps
-from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
+from attnzoom_jax.evaluation.restore import TrainedModel, load_model
 from attnzoom_jax.evaluation.robustness_figure import draw_mask_study, draw_robustness
 from attnzoom_jax.evaluation.steps import draw_steps
 from attnzoom_jax.evaluation.warp import draw_warps
@@ -176,7 +177,7 @@ FIGURES: dict[str, Callable[[TrainedModel, pathlib.Path], int]] = {
     "steps": _steps,
     "attributes": _attributes,
 }
-OF_IMAGES = ("checkpoint", "data_dir", "images", "split", "count", "class")
+OF_IMAGES = ("config", "checkpoint", "data_dir", "images", "split", "count", "class")
 OF_METHODS = ("method", "option", "tap")
 # The flags that each figure heeds, besides those that all do.
 HEEDED: dict[str, Sequence[str]] = {
@@ -190,11 +191,11 @@ HEEDED: dict[str, Sequence[str]] = {
 OF_CLASSES = ("warp", "compare", "steps")  # each image right or wrong
 
 
-def _restore(workdir: str) -> TrainedModel:
+def _restore(workdir: str, config: Any = None) -> TrainedModel:
     given = flags.FLAGS
     mesh = sharding.create_mesh(jax.devices()[:1])
-    trained = restore_model(
-        workdir, checkpoint=given.checkpoint, data_dir=given.data_dir, mesh=mesh
+    trained = load_model(
+        workdir, checkpoint=given.checkpoint, config=config, data_dir=given.data_dir, mesh=mesh
     )
     if trained.config.data.patches:
         print("note: patches are taken around the class map here, not at the boxes of data.patches")
@@ -239,9 +240,9 @@ def main() -> int:
     out = pathlib.Path(given.out or pathlib.Path(given.workdir) / "explain")
     if given.figure == "robustness" and not given.list_taps:
         return _robustness(out)
-    config = Workdir(given.workdir).config()
-    cli.start_devices(config.platform, compile_cache=config.compile_cache)
-    trained = _restore(given.workdir)
+    config = Workdir(given.workdir).config() if given.config is None else given.config
+    cli.start_devices(config.platform, compile_cache=config.compile_cache, alone=True)
+    trained = _restore(given.workdir, given.config)
     if given.list_taps:
         print(list_taps(trained))
         return 0
@@ -254,6 +255,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    cli.define_config_flag("Config file, instead of the config that the run was trained with")
+    cli.define_process_flags()
     flags.DEFINE_string("workdir", None, "Folder of the run")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
     flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")

@@ -6,9 +6,9 @@
     python tools/prepare_data.py tiny_imagenet --from_archive=tiny-imagenet-200.zip
 
 Sets of TFDS need the network, and mostly TensorFlow to be unpacked; training needs neither.
-tiny_imagenet, cub200, stanford_cars and fgvc_aircraft are read from the archive that their makers
-publish (.zip, .tar, .tar.gz, .tgz), or from the folder that it unpacks to; without --from_archive
-it is said which one. What is prepared already is left as it is.
+tiny_imagenet, cub200, stanford_cars, fgvc_aircraft and flickr30k are read from the archive that
+their makers publish (.zip, .tar, .tar.gz, .tgz), or from the folder that it unpacks to; without
+--from_archive it is said which one. What is prepared already is left as it is.
 """
 
 import argparse

@@ -26,6 +26,7 @@ from attnzoom_jax.data.datasets import fine_shapes
 from attnzoom_jax.data.datasets.archive import ArchiveSet
 from attnzoom_jax.data.datasets.cub200 import CUB200
 from attnzoom_jax.data.datasets.fgvc_aircraft import FGVC_AIRCRAFT
+from attnzoom_jax.data.datasets.flickr30k import FLICKR30K
 from attnzoom_jax.data.datasets.stanford_cars import STANFORD_CARS
 from attnzoom_jax.data.datasets.tiny_imagenet import TINY_IMAGENET
 from attnzoom_jax.errors import unknown_name
@@ -36,6 +37,7 @@ EMBEDDED = {"fine_shapes": fine_shapes.FineShapes}
 ARCHIVES: dict[str, ArchiveSet] = {
     "cub200": CUB200,
     "fgvc_aircraft": FGVC_AIRCRAFT,
+    "flickr30k": FLICKR30K,
     "stanford_cars": STANFORD_CARS,
     "tiny_imagenet": TINY_IMAGENET,
 }

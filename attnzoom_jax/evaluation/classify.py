@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from attnzoom_jax.attribution.targets import class_scores
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.evaluation.split import EvalSplit, Sums, to_input
 from attnzoom_jax.metrics.classification import classification_metrics, classification_sums
@@ -18,7 +19,8 @@ class Classify:
     """Evaluates a classifier on a split: every example counts exactly once.
 
     Args:
-        model: images float [n, h, w, c] -> logits [n, k].
+        model: images float [n, h, w, c] -> logits [n, k], or [n, h', w', k] of every place, of
+            which `attribution.targets.class_scores` makes one per class.
         data: the config's `data` section.
         split: of the data set.
         mesh: batches are split over it.
@@ -35,7 +37,7 @@ class Classify:
             images = to_input(batch["image"], data)
             inputs = {**extra_inputs(batch), **train_argument(model, False)}
             logits: Any = model.apply(variables, images, **inputs)
-            return classification_sums(logits, batch["label"], batch["mask"])
+            return classification_sums(class_scores(logits), batch["label"], batch["mask"])
 
         self._split = EvalSplit(
             data=data, split=split, mesh=mesh, fields=("image", "label"), batch_sums=batch_sums

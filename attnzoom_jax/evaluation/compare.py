@@ -229,7 +229,7 @@ def draw_comparison(
     facts |= {"method": method, "class": request.get("target") or known}
     facts |= {"common_map": result.common["this"].shape[1:], "blocks": table}
     (out / "compare.json").write_text(json.dumps(facts, indent=2) + "\n")
-    blocks = _picture_blocks(result, table, names, runs[0].class_names)
+    blocks = _picture_blocks(result, table, names, runs[0].short_names)
     scale = sheet.Scale("share of the map's maximum")
     sheet.save_sheet(out / "compare.png", blocks, {1: scale})
     return result

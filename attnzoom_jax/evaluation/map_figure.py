@@ -127,7 +127,7 @@ def _pictures(
     pictures = []
     for i, name in enumerate(examples.names):
         title = _title(trained, arrays["probabilities"][i], examples.labels[i])
-        cued = trained.class_names[int(arrays["targets"][i])]
+        cued = trained.short_names[int(arrays["targets"][i])]
         titles = {m: textwrap.fill(f"{m.replace('_', ' ')}: {cued}", 24) for m in methods}
         panels = [overlay.class_map_panel(titles[m], resized[m][i]) for m in methods]
         for gate in gates:
@@ -139,7 +139,7 @@ def _pictures(
 
 def _title(trained: TrainedModel, probabilities: np.ndarray, label: np.ndarray) -> str:
     """What was predicted, and what it is if it is known: of a class, or of the attributes."""
-    names = trained.class_names
+    names = trained.short_names
     if has_attributes(trained):
         strongest = np.argsort(-probabilities)[:2]
         said = [f"{names[k]} {probabilities[k]:.2f}" for k in strongest]

@@ -11,6 +11,7 @@ import numpy as np
 
 from attnzoom_jax import attribution
 from attnzoom_jax.attribution.methods import create_method, takes
+from attnzoom_jax.attribution.targets import class_scores
 from attnzoom_jax.data.split import labels_of
 from attnzoom_jax.evaluation.restore import TrainedModel
 from attnzoom_jax.evaluation.split import to_input
@@ -155,6 +156,7 @@ def _explain_chunk(
         images = to_input(images, data)
         fn = bind(trained.model, variables, train=False)
         logits, masks = attribution.read_taps(fn, images, gates)
+        logits = class_scores(logits)
         targets = jnp.where(targets < 0, logits.argmax(-1), targets)
         results = {
             name: maps(fn, images, targets, tap=tap, key=key)

@@ -25,12 +25,12 @@ from attnzoom_jax.data.augment import center_crop
 from attnzoom_jax.data.corruptions import CORRUPTIONS, LEVELS, Corrupted
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.data.pipeline import Resize
-from attnzoom_jax.data.source import Rows, Source
+from attnzoom_jax.data.source import Source
 from attnzoom_jax.data.split import labels_of
 from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.evaluation.maps import say_progress
 from attnzoom_jax.evaluation.restore import TrainedModel, restore_model
-from attnzoom_jax.evaluation.split import Batch, EvalSplit, Sums, to_input
+from attnzoom_jax.evaluation.split import Batch, EvalSplit, Sums, choose, spread, to_input
 from attnzoom_jax.metrics.attributes import attribute_metrics, attribute_sums
 from attnzoom_jax.metrics.classification import classification_metrics, classification_sums
 from attnzoom_jax.metrics.robustness import check_attack, count_wrong, fgsm, pgd, random_search
@@ -121,8 +121,8 @@ class Robustness:
             data=data, split=split, mesh=mesh, fields=("image", "label"), batch_sums=batch_sums
         )
         source = self._split.source
-        self._rows = _spread(len(source), count, "count", source.name)
-        self._attack_rows = _spread(len(source), attack_count, "attack_count", source.name)
+        self._rows = spread(len(source), count, "count", source.name)
+        self._attack_rows = spread(len(source), attack_count, "attack_count", source.name)
         self._to_input = jax.jit(lambda images: to_input(images, data))
         self._other = _restore_other(transfer_from, source, data, mesh) if transfer_from else None
         self._other_logits = _logits_of(self._other.model) if self._other else None
@@ -185,7 +185,7 @@ class Robustness:
             def change(source: Source, name: str = name, level: int = level) -> Source:
                 if name:
                     source = corrupted(source, data, name, level, seed=self._seed)
-                return _choose(source, self._rows)
+                return choose(source, self._rows)
 
             scores = self._scores(self._split.run(variables, change))
             condition = f"{name}_{level}" if name else "clean"
@@ -210,7 +210,7 @@ class Robustness:
         if not (self._attacks or self._other):
             return {}
         rows, size = self._attack_rows, self._data.eval_batch_size
-        batches = self._split.batches(lambda source: _choose(source, rows))
+        batches = self._split.batches(lambda source: choose(source, rows))
         wrong: dict[str, float] = collections.defaultdict(float)
         for i, batch in enumerate(say_progress(batches, len(rows), size)):
             ids = np.zeros(size, np.int32)
@@ -286,18 +286,6 @@ def setting_name(norm: str, epsilon: float) -> str:
     steps = round(255 * epsilon)
     is_whole = norm == "linf" and steps and abs(steps / 255 - epsilon) < 1e-6
     return f"{norm}_{steps}_255" if is_whole else f"{norm}_{epsilon:g}"
-
-
-def _choose(source: Source, rows: np.ndarray) -> Source:
-    return dataclasses.replace(source, examples=Rows(source.examples, rows))
-
-
-def _spread(size: int, count: int, key: str, name: str) -> np.ndarray:
-    """`count` places at even distances: the examples may be sorted by class."""
-    if not 0 <= count <= size:
-        raise ValueError(f"{key} is {count}; expected 0, for all, up to the {size} of {name}")
-    count = count or size
-    return np.arange(count) * size // count
 
 
 def _logits_of(model: nn.Module) -> Any:

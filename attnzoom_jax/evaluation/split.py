@@ -1,5 +1,6 @@
 """A split as evaluators need it: each example once, as the model takes it, summed up or kept."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from attnzoom_jax.data.augment import center_crop, normalize
 from attnzoom_jax.data.pipeline import Resize, eval_batches
-from attnzoom_jax.data.source import Source
+from attnzoom_jax.data.source import Rows, Source
 from attnzoom_jax.data.split import open_split
 from attnzoom_jax.training.sharding import check_batch_size, prefetch, replicated
 
@@ -47,7 +48,7 @@ class EvalSplit:
         fields: Sequence[str],
         batch_sums: Callable[[Any, Batch], Sums],
     ) -> None:
-        self.source, self.batches = _open_batches(data, split, mesh, fields)
+        self.source, self.batches = open_batches(data, split, mesh, fields)
 
         def add(sums: Sums, variables: Any, batch: Batch) -> Sums:
             return jax.tree.map(jnp.add, sums, batch_sums(variables, batch))
@@ -102,7 +103,7 @@ class EvalExamples:
         fields: Sequence[str],
         outputs: Callable[[Any, Batch], dict[str, jax.Array]],
     ) -> None:
-        self.source, self._batches = _open_batches(data, split, mesh, fields)
+        self.source, self._batches = open_batches(data, split, mesh, fields)
 
         def with_mask(variables: Any, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
             return outputs(variables, batch), batch["mask"]
@@ -119,10 +120,23 @@ class EvalExamples:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _open_batches(
+def open_batches(
     data: Any, split: str, mesh: Mesh, fields: Sequence[str]
 ) -> tuple[Source, Callable[..., Iterator[Batch]]]:
-    """A split, and what goes once through it or what a change makes of it, in batches."""
+    """A split, and what goes once through it or through what a change makes of it, in batches.
+
+    Args:
+        data: the config's `data` section.
+        split: of the data set.
+        mesh: batches are split over it.
+        fields: of the data set, `image` among them.
+
+    Returns:
+        The split, and `batches(change=None)` -> batches with `mask`, 0 for padding.
+
+    Raises:
+        ValueError: data set not prepared, unknown split or field, a batch size that does not fit.
+    """
     check_batch_size(data.eval_batch_size, mesh, key="data.eval_batch_size")
     source = open_split(data, split=split, fields=fields)
 
@@ -138,6 +152,32 @@ def _open_batches(
         return prefetch(local, mesh)
 
     return source, batches
+
+
+def choose(source: Source, rows: np.ndarray) -> Source:
+    """The examples of a split at some places."""
+    return dataclasses.replace(source, examples=Rows(source.examples, rows))
+
+
+def spread(size: int, count: int, key: str, name: str) -> np.ndarray:
+    """Places at even distances, as the examples of a split may be sorted by class.
+
+    Args:
+        size: of the split.
+        count: how many; 0 for all.
+        key: of the config, for the error.
+        name: of the split, for the error.
+
+    Returns:
+        int [count], rising.
+
+    Raises:
+        ValueError: a count below 0 or above the size.
+    """
+    if not 0 <= count <= size:
+        raise ValueError(f"{key} is {count}; expected 0, for all, up to the {size} of {name}")
+    count = count or size
+    return np.arange(count) * size // count
 
 
 def to_input(images: jax.Array, data: Any) -> jax.Array:

@@ -68,7 +68,7 @@ def draw_steps(
     arrays |= {"names": np.array(examples.names), "labels": examples.labels}
     out.mkdir(parents=True, exist_ok=True)
     save_arrays(out / "steps.npz", arrays)
-    blocks = _blocks(examples, arrays, trained.class_names)
+    blocks = _blocks(examples, arrays, trained.short_names)
     scale = {1: sheet.Scale("share of the map's maximum")}
     sheet.save_sheet(out / "steps.png", blocks, scale, side=1.15, per_row=1)
     return arrays

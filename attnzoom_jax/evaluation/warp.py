@@ -176,7 +176,7 @@ def draw_warps(
     out.mkdir(parents=True, exist_ok=True)
     save_arrays(out / "warp.npz", arrays)
     title = method.replace("_", " ") or f"mask {tap}"
-    _save_pictures(out, examples, arrays, title, trained.class_names)
+    _save_pictures(out, examples, arrays, title, trained.short_names)
     return arrays
 
 

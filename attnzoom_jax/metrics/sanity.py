@@ -67,17 +67,17 @@ def randomized(
     if isinstance(order, str) or not order:
         raise ValueError(f"order is {order!r}; expected names of layers from the output down")
     leaves, tree = jax.tree.flatten(params)
-    paths = _paths(params)
+    names = leaf_names(params)
     for name in order:
-        if not any(_is_below(path, name) for path in paths):
-            raise unknown_name("layer", name, _branches(paths))
+        if not any(_is_below(leaf, name) for leaf in names):
+            raise unknown_name("layer", name, _branches(names))
     # Checked at once; a generator would wait until it is asked for the first item.
     fresh = _fresh(leaves, tree, key, redraw)
 
     def draws() -> Iterator[tuple[str, Any]]:
         for i, name in enumerate(order):
             drawn = order[: i + 1] if mode == "cascading" else [name]
-            is_drawn = [any(_is_below(path, name) for name in drawn) for path in paths]
+            is_drawn = [any(_is_below(leaf, name) for name in drawn) for leaf in names]
             mixed = [
                 new if chosen else old
                 for new, old, chosen in zip(fresh, leaves, is_drawn, strict=True)
@@ -140,6 +140,20 @@ def other_classes(
     return (targets + jax.vmap(draw)(ids)) % num_classes
 
 
+def leaf_names(params: Any) -> list[str]:
+    """The names by which `randomized` knows the leaves of a tree, in the order of the leaves.
+
+    Args:
+        params: as for `randomized`.
+
+    Returns:
+        Paths joined by "/", below the collection for Flax variables.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    start = 1 if isinstance(params, Mapping) and "params" in params else 0
+    return [jax.tree_util.keystr(path[start:], simple=True, separator="/") for path in paths]
+
+
 def _fresh(
     leaves: list[Any], tree: Any, key: jax.Array, redraw: str | Callable[[jax.Array], Any]
 ) -> list[Any]:
@@ -164,20 +178,12 @@ def _redrawn(key: jax.Array, leaf: Any, redraw: str) -> jax.Array:
     return jax.random.permutation(key, leaf.ravel()).reshape(leaf.shape)
 
 
-def _paths(params: Any) -> list[tuple[str, ...]]:
-    """The path of every leaf, below its collection for Flax variables."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    is_flax = isinstance(params, Mapping) and "params" in params
-    parts = [[jax.tree_util.keystr((part,), simple=True) for part in path] for path in paths]
-    return [tuple(path[1:] if is_flax else path) for path in parts]
+def _is_below(leaf: str, name: str) -> bool:
+    return f"{leaf}/".startswith(f"{name}/")
 
 
-def _is_below(path: tuple[str, ...], name: str) -> bool:
-    parts = tuple(name.split("/"))
-    return path[: len(parts)] == parts
-
-
-def _branches(paths: Sequence[tuple[str, ...]]) -> list[str]:
+def _branches(leaves: Sequence[str]) -> list[str]:
     """All names there are, the shortest first."""
+    paths = [leaf.split("/") for leaf in leaves]
     names = {"/".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
     return sorted(names, key=lambda name: (name.count("/"), name))

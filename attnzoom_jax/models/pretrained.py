@@ -121,6 +121,28 @@ def load_pretrained(
     return unflatten_dict({name: (loaded | new)[name] for name in shapes}, sep="/")
 
 
+def count_classes(model: nn.Module, path: str, *, image_shape: Sequence[int]) -> int:
+    """How many classes the head in a file of weights tells apart.
+
+    Args:
+        model: with any number of classes, as of `load_pretrained`.
+        path: as of `load_pretrained`.
+        image_shape: as of `load_pretrained`.
+
+    Returns:
+        Their number; 0 where the file has no head, or is of another network.
+
+    Raises:
+        ValueError: a file that `read_weights` refuses.
+    """
+    file = _without_prefixes(read_weights(path))
+    shapes = _shapes(model, _image_shape(image_shape))
+    found = Found()
+    for place in _backbones(model):
+        found.add(match_arrays(file, shapes, place))
+    return found.classes
+
+
 def _misfit(
     path: str,
     family: type,

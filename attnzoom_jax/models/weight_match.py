@@ -35,6 +35,7 @@ class Found:
         wrong_shapes: a line for each array that does not fit.
         folded: number of norms that the file has folded.
         head: why the head is new; "" where it is not, or the file has none.
+        classes: of the file's head; 0 where it has none.
     """
 
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -42,6 +43,7 @@ class Found:
     wrong_shapes: list[str] = dataclasses.field(default_factory=list)
     folded: int = 0
     head: str = ""
+    classes: int = 0
 
     def add(self, other: "Found") -> None:
         """What was found for another network of the same model."""
@@ -49,6 +51,7 @@ class Found:
         self.used |= other.used
         self.folded += other.folded
         self.head = self.head or other.head
+        self.classes = self.classes or other.classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,7 @@ def match_arrays(
             here = "" if array.shape == file[name].shape else f", here {list(array.shape)}"
             found.wrong_shapes.append(f"{name} {given}{here}: expected {list(shape)} for {path}")
     for path, array in heads.items():
+        found.classes = array.shape[-1]
         if array.shape != shapes[path]:
             found.head = f"the file's is {list(array.shape)}, the model's {list(shapes[path])}"
     if not found.head:

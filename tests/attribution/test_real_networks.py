@@ -15,8 +15,9 @@ import pytest
 from attnzoom_jax import attribution
 from attnzoom_jax.metrics.localization import pointing_hit
 from attnzoom_jax.ops import maps as ops_maps
+from configs.networks.imagenet import INPUTS
 from tests.attribution import imported_networks
-from tests.attribution.imported_networks import box_mask, mobilenet_v2, photograph, squeezenet
+from tests.attribution.imported_networks import box_mask, load, photograph
 
 pytestmark = pytest.mark.data
 if not all((imported_networks.DATA / name).is_dir() for name in ("weights_imagenet", "coco256")):
@@ -25,14 +26,6 @@ if not all((imported_networks.DATA / name).is_dir() for name in ("weights_imagen
         allow_module_level=True,
     )
 
-NETWORKS = {
-    "squeezenet": (squeezenet, imported_networks.SQUEEZENET_SIZE),
-    "squeezenet linear": (
-        functools.partial(squeezenet, "linear"),
-        imported_networks.SQUEEZENET_SIZE,
-    ),
-    "mobilenet_v2": (mobilenet_v2, imported_networks.MOBILENET_V2_SIZE),
-}
 METHODS = {
     "grad_cam": attribution.grad_cam,
     "eb": attribution.excitation_backprop,
@@ -87,8 +80,7 @@ def resized(maps, size):
 
 def explain(network, method, tap, pairs):
     """Maps [p, 2, h, w] of both classes of each photograph, and the masks of their boxes."""
-    load, size = NETWORKS[network]
-    fn, preprocess, class_names = load()
+    (fn, preprocess, class_names), size = load(network), INPUTS[network].size
     ids = class_ids(class_names)
     images, targets, masks = [], [], []
     for name, both in pairs.items():
@@ -117,8 +109,7 @@ def distances(maps):
 
 @pytest.mark.parametrize("network", ["squeezenet", "mobilenet_v2"])
 def test_predictions(network):
-    load, size = NETWORKS[network]
-    fn, preprocess, class_names = load()
+    (fn, preprocess, class_names), size = load(network), INPUTS[network].size
     images = np.stack([photograph(name, size)[0] for name in PREDICTIONS])
     logits = jax.jit(lambda fn, images: fn(images))(fn, preprocess(images))
     found = [class_names[k].split(", ")[0] for k in np.argmax(logits, axis=1)]
@@ -126,7 +117,7 @@ def test_predictions(network):
 
 
 def test_the_linear_head_is_the_published_one_without_its_relu():
-    (fn, preprocess, _), (linear, _, _) = squeezenet(), squeezenet("linear")
+    (fn, preprocess, _), (linear, _, _) = load("squeezenet"), load("squeezenet_linear")
     images = preprocess(photograph("000000000599", 227)[0][None])
     _, taps = attribution.read_taps(fn, images, ["conv_final"])
     expected = np.asarray(taps["conv_final"], np.float64).mean(axis=(1, 2))
@@ -172,16 +163,16 @@ def classify(p, x, kernel, method):
 @pytest.mark.parametrize("method", ["eb", "contrastive eb"])
 def test_last_layers_of_mobilenet_v2(method):
     (_, (class_name, _)) = CAT_AND_KEYBOARD["000000001675"]
-    fn, preprocess, class_names = mobilenet_v2()
+    fn, preprocess, class_names = load("mobilenet_v2")
     target = class_ids(class_names)[class_name]
     images = preprocess(photograph("000000001675", 224)[0][None])
     taps = ["conv48", "conv49", "conv50", "conv51", "gap"]
     values = in_float64(attribution.read_taps(fn, images, taps)[1], taps)
     x = {tap: value[0] for tap, value in values.items()}
-    convs = [f"conv{i}/kernel" for i in (49, 50, 51, 52)]
-    depthwise, project, expand, head = in_float64(fn.args[0], convs).values()
+    kernels = {f"conv{i}": fn.args[0][f"conv{i}"]["kernel"] for i in (49, 50, 51, 52)}
+    depthwise, project, expand, head = in_float64(kernels, kernels).values()
 
-    p = classify(np.eye(1001)[target], x["gap"][0, 0], head[0, 0], method)
+    p = classify(np.eye(1000)[target], x["gap"][0, 0], head[0, 0], method)
     expected = {"conv51": x["conv51"] * divide(p, x["gap"][0, 0]) / 49}
     expected["conv50"] = hand_down(expected["conv51"], x["conv50"], expand[0, 0])
     expected["conv49"] = hand_down(expected["conv50"], x["conv49"], project[0, 0])
@@ -210,13 +201,15 @@ def balance(fn, images, targets, tap):
 
 @pytest.mark.parametrize("method", ["eb", "contrastive eb"])
 def test_last_layers_of_squeezenet(method):
-    fn, preprocess, class_names = squeezenet()
+    fn, preprocess, class_names = load("squeezenet")
     target = class_ids(class_names)["remote control"]
     images = preprocess(photograph("000000000599", 227)[0][None])
     taps = ["fire9/concat", "relu_conv_final"]
     values = in_float64(attribution.read_taps(fn, images, taps)[1], taps)
     features, scores = (value[0] for value in values.values())
-    kernel = np.asarray(fn.args[0]["conv_final/kernel"], np.float64)[0, 0, :, [target]].T  # [c, 1]
+    kernel = np.asarray(fn.args[0]["conv_final"]["kernel"], np.float64)[
+        0, 0, :, [target]
+    ].T  # [c, 1]
 
     p = scores[..., [target]] / scores[..., target].sum()  # [15, 15, 1]
     padded = np.pad(features, ((1, 1), (1, 1), (0, 0)))
@@ -232,7 +225,7 @@ def test_last_layers_of_squeezenet(method):
 
 
 def test_squeezenet_drops_next_to_nothing():
-    fn, preprocess, class_names = squeezenet()
+    fn, preprocess, class_names = load("squeezenet")
     target = jnp.array([class_ids(class_names)["remote control"]])
     images = preprocess(photograph("000000000599", 227)[0][None])
     at_tap, dropped = balance(fn, images, target, tap="pool4")
@@ -248,7 +241,7 @@ def test_squeezenet_drops_next_to_nothing():
     [
         ("squeezenet", "grad_cam", "fire9/concat", OF_SQUEEZENET),
         ("squeezenet", "eb", "pool4", OF_SQUEEZENET),
-        ("squeezenet linear", "contrastive eb", "pool4", OF_SQUEEZENET),
+        ("squeezenet_linear", "contrastive eb", "pool4", OF_SQUEEZENET),
         ("mobilenet_v2", "grad_cam", "conv51", OF_MOBILENET_V2 | CAT_AND_KEYBOARD),
         ("mobilenet_v2", "eb", "conv51", OF_MOBILENET_V2),
         ("mobilenet_v2", "contrastive eb", "conv51", OF_MOBILENET_V2 | CAT_AND_KEYBOARD),
@@ -280,8 +273,7 @@ def test_pointing_game():
 
     Cued is every class of the boxes that ImageNet knows by the same name, whatever the prediction.
     """
-    load, size = NETWORKS["squeezenet linear"]
-    fn, preprocess, class_names = load()
+    (fn, preprocess, class_names), size = load("squeezenet_linear"), INPUTS["squeezenet"].size
     ids = {name: i for i, names in enumerate(class_names) for name in names.split(", ")}
     del ids["kite"]  # a bird
     images, targets, masks = [], [], []

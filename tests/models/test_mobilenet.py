@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from attnzoom_jax.models import mobilenet
 from attnzoom_jax.models.mobilenet import MobileNetV1, MobileNetV2
@@ -147,8 +148,8 @@ def test_padding_and_activation_reach_every_block(create, short):
 )
 def test_published_weights_of_v2_give_what_the_published_graph_gives():
     """On 65 pixels maps are odd before every stride, where TensorFlow pads both sides alike."""
-    fn, _, class_names = imported_networks.mobilenet_v2()
-    weights = {name: np.asarray(array) for name, array in fn.args[0].items()}
+    fn, _, class_names = imported_networks.load("mobilenet_v2")
+    weights = {name: np.asarray(a) for name, a in flatten_dict(fn.args[0], sep="/").items()}
     model = MobileNetV2(len(class_names))
     images = np.random.default_rng(0).uniform(-1, 1, (2, 65, 65, 3)).astype(np.float32)
     variables = jax.tree.map(

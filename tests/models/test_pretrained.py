@@ -11,7 +11,13 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from attnzoom_jax.layers import CBAM, ECA, AttentionZoom, SqueezeExcite
-from attnzoom_jax.models import Insert, create_model, load_pretrained, pretrained
+from attnzoom_jax.models import (
+    Insert,
+    count_classes,
+    create_model,
+    load_pretrained,
+    pretrained,
+)
 from attnzoom_jax.models.convnext import ConvNeXt
 from attnzoom_jax.models.densenet import DenseNet
 from attnzoom_jax.models.features import Features
@@ -711,6 +717,7 @@ def cifar_forward(weights, images):
 def test_published_cifar_resnet(depth, capsys):
     path = imported_networks.DATA / "weights_cifar10_resnet" / f"resnet{depth}.safetensors"
     model = create_model(f"cifar_resnet{depth}", num_classes=10)
+    assert count_classes(model.clone(num_classes=1), str(path), image_shape=(32, 32, 3)) == 10
     variables = load(model, path, image_shape=(1, 32, 32, 3))
     weights = safetensors.numpy.load_file(path)
     assert counts(capsys.readouterr().out) == (len(weights), 0, 0)
@@ -758,7 +765,9 @@ def test_published_mobilenet(name, size, model, options, capsys):
     folder = imported_networks.DATA / "weights_imagenet"
     operations = json.loads((folder / f"{name.removesuffix('.dequant')}.graph.json").read_text())
     model = create_model(model, num_classes=1001, padding="tf", **options)
-    variables = load(model, folder / f"{name}.npz")
+    file = f"{folder}/{name}.npz"
+    assert count_classes(model.clone(num_classes=1), file, image_shape=(32, 32, 3)) == 1001
+    variables = load(model, file)
     report = capsys.readouterr().out
     assert counts(report)[1:] == (0, 0) and "folded" in report
     with np.load(folder / f"{name}.npz") as arrays:

@@ -1,5 +1,6 @@
 """VGG against a slow NumPy forward pass, its names, training and relevance."""
 
+import functools
 import itertools
 
 import jax
@@ -7,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnzoom_jax import attribution
+from attnzoom_jax.layers import AttentionZoom
+from attnzoom_jax.models import Insert, bind, create_model
+from attnzoom_jax.models.taps import default_tap
 from attnzoom_jax.models.vgg import VGG, adaptive_average_pool
 from tests.models.backbone_checks import (
     every_value_changed,
@@ -176,3 +181,138 @@ def test_excitation_backprop_loses_next_to_nothing():
         np.testing.assert_allclose(at_tap + dropped, 1, atol=1e-5)
         np.testing.assert_allclose(absolute, at_tap, atol=1e-5)
         assert np.all(dropped < 0.05)
+
+
+# ---- fully convolutional
+
+
+def slow_slide(variables, images, *, stage_sizes):
+    """The classifier at every 7x7 window of the map, one after the other; float64."""
+    p, x = variables["params"], images
+    for stage, size in enumerate(stage_sizes, start=1):
+        for i in range(1, size + 1):
+            conv = p[f"stage{stage}"][f"conv{i}"]
+            x = relu(slow_conv(x, conv["kernel"], stride=1, pad=1) + conv["bias"])
+        x = slow_halve(x)
+    n, h, w, _ = x.shape
+    y = np.zeros((n, h - 6, w - 6, p["head"]["bias"].size))
+    for i in range(h - 6):
+        for j in range(w - 6):
+            z = np.moveaxis(x[:, i : i + 7, j : j + 7], -1, 1).reshape(n, -1)
+            for fc in ("fc1", "fc2"):
+                z = relu(z @ p["classifier"][fc]["kernel"] + p["classifier"][fc]["bias"])
+            y[:, i, j] = z @ p["head"]["kernel"] + p["head"]["bias"]
+    return y
+
+
+def sliding(**fields):
+    return VGG(5, stage_sizes=(1, 1), width=4, fully_convolutional=True, **fields)
+
+
+def test_slides_over_a_larger_map():
+    model, images = sliding(), random_images(h=33, w=38)
+    variables = random_variables(model, images)
+    logits = jax.jit(model.apply)(variables, images)
+    expected = slow_slide(
+        jax.tree.map(np.float64, variables), images.astype(np.float64), stage_sizes=(1, 1)
+    )
+    assert expected.shape == (len(images), 2, 3, 5) and expected.std() > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_is_the_ordinary_network_at_the_size_of_its_training():
+    model, images = sliding(), random_images(h=28, w=28)
+    ordinary = VGG(5, stage_sizes=(1, 1), width=4)
+    variables = random_variables(ordinary, images)
+    one_place = jax.jit(model.apply)(variables, images)
+    assert one_place.shape == (len(images), 1, 1, 5)
+    expected = jax.jit(ordinary.apply)(variables, images)
+    np.testing.assert_allclose(one_place[:, 0, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_are_those_of_the_ordinary_network():
+    def parameters(**fields):
+        model = VGG(1000, **fields)  # VGG-16, whose tree is in a golden file
+        images = jnp.zeros((1, 224, 224, 3))
+        return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+    assert parameters(fully_convolutional=True) == parameters()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        attribution.grad_cam,
+        attribution.excitation_backprop,
+        attribution.contrastive_excitation_backprop,
+    ],
+)
+def test_maps_start_at_every_place(method):
+    """At 28 pixels they are the ordinary network's; beyond, a spatial softmax of the class."""
+    model, ordinary = sliding(), VGG(5, stage_sizes=(1, 1), width=4)
+    images = np.abs(random_images(h=28, w=28))
+    variables = random_variables(ordinary, images)
+    targets = jnp.arange(len(images))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def maps(model, variables, images):
+        return method(bind(model, variables), images, targets, tap="stage2")
+
+    expected = maps(ordinary, variables, images)
+    assert np.abs(expected).max() > 0
+    tolerance = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(maps(model, variables, images), expected, atol=tolerance)
+    larger = np.abs(random_images(h=36, w=32))
+    found = maps(model, variables, larger)
+    assert found.shape == (len(images), 9, 8) and np.abs(found).max() > 0
+    if method is attribution.excitation_backprop:
+        logits = model.apply(variables, larger)
+        weights = jax.nn.softmax(logits, axis=(1, 2))[jnp.arange(len(images)), ..., targets]
+        by_window = sum(
+            weights[:, i, j, None, None]
+            * jnp.pad(
+                method(
+                    lambda x: tail(variables, x),
+                    stage2(model, variables, larger)[:, i : i + 7, j : j + 7],
+                    targets,
+                    tap="input",
+                ),
+                ((0, 0), (i, 2 - i), (j, 1 - j)),
+            )
+            for i in range(3)
+            for j in range(2)
+        )
+        np.testing.assert_allclose(found, by_window, atol=1e-5 * float(found.max()))
+
+
+def stage2(model, variables, images):
+    """The map before the classifier."""
+    return attribution.read_taps(bind(model, variables), images, ["stage2"])[1]["stage2"]
+
+
+def tail(variables, features):
+    """The classifier of the ordinary network on maps of 7x7."""
+    p = variables["params"]
+    x = features.transpose(0, 3, 1, 2).reshape(len(features), -1)
+    for fc in ("fc1", "fc2"):
+        x = jax.nn.relu(x @ p["classifier"][fc]["kernel"] + p["classifier"][fc]["bias"])
+    return x @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+def test_maps_are_taken_before_the_classifier_that_slides():
+    model = sliding()
+    images = jax.ShapeDtypeStruct((1, 40, 40, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables)
+    assert default_tap(model, bind(model, zeros), images) == "stage2"
+    around = Insert(model, {"stage1": AttentionZoom()})
+    assert around.default_tap == "backbone/stage2"
+
+
+def test_what_cannot_slide_is_named():
+    with pytest.raises(ValueError, match=r"leave less than 7x7 of them; .* at least 28"):
+        sliding().init(jax.random.key(0), jnp.zeros((1, 27, 40, 3)))
+    with pytest.raises(ValueError, match="fully_convolutional with stem='cifar'"):
+        sliding(stem="cifar")
+    model = create_model("vgg16", num_classes=3, width=8, fully_convolutional=True)
+    assert model.fully_convolutional
