@@ -24,6 +24,7 @@ def evaluate(
     config: Any = None,
     overrides: dict[str, Any] | None = None,
     data_dir: str = "",
+    output: str = "eval.json",
 ) -> dict[str, float]:
     """Evaluate a checkpoint of a run, or a network with published weights, and write eval.json.
 
@@ -33,6 +34,7 @@ def evaluate(
         config: instead of the run's own.
         overrides: what the command line changed in that config.
         data_dir: folder of prepared data sets, instead of the config's.
+        output: name of the file in the workdir.
 
     Returns:
         {"split/metric": value}.
@@ -72,7 +74,7 @@ def evaluate(
             )
         metrics.update(new)
     folder.write(
-        "eval.json",
+        output,
         {
             "metrics": metrics,
             "step": trained.step,
@@ -104,9 +106,10 @@ def main() -> None:
         config=config,
         overrides=None if config is None else cli.config_overrides(),
         data_dir=flags.FLAGS.data_dir,
+        output=flags.FLAGS.output,
     )
     print_table(metrics)
-    print(f"written to {workdir}/eval.json", flush=True)
+    print(f"written to {workdir}/{flags.FLAGS.output}", flush=True)
 
 
 if __name__ == "__main__":
@@ -115,5 +118,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run, or for the results of a network")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
     flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")
+    flags.DEFINE_string("output", "eval.json", "Name of the file of the results, in the workdir")
     flags.mark_flag_as_required("workdir")
     cli.run(main)

@@ -62,7 +62,8 @@ def load_model(
     Args:
         workdir: folder of the run; need not exist where the config names a network.
         checkpoint: "best", "last" or a step.
-        config: instead of the run's own.
+        config: instead of the run's own. One that names no model, as those of evaluations alone do,
+            takes the run's, and its data section but for the set that it names itself.
         data_dir: folder of prepared data sets, instead of the config's; "" for that.
         mesh: where the variables live.
 
@@ -152,7 +153,11 @@ def restore_model(
     """
     folder = Workdir(workdir)
     own = folder.config()
-    config = _with_data_dir(own if config is None else config, data_dir)
+    if config is None:
+        config = own
+    elif not config.model.name:
+        config = _on_run(config, own)
+    config = _with_data_dir(config, data_dir)
     run = folder.run_info()
     if "class_names" not in run:
         raise ValueError(f"--workdir={workdir} has no trained model (no run.json); train first")
@@ -176,6 +181,18 @@ def restore_model(
         class_names=class_names,
         image_shape=image_shape,
     )
+
+
+def _on_run(config: Any, own: Any) -> Any:
+    """A config of evaluations alone, with the model of a run, and its data."""
+    name, folder = config.data.name, config.data.dir
+    config = config.copy_and_resolve_references().unlock()
+    config.model, config.data = own.model, own.data.copy_and_resolve_references()
+    if name:
+        config.data.update({"name": name, "dir": folder})
+    elif folder:
+        config.data.dir = folder
+    return config.lock()
 
 
 def _with_data_dir(config: Any, data_dir: str) -> Any:

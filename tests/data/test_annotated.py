@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from attnzoom_jax.data.annotated import open_annotated
 from attnzoom_jax.data.datasets import fine_shapes
+from attnzoom_jax.data.datasets.annotated_folder import rows_of_split
 from attnzoom_jax.data.source import open_source
 from tests.data import tfds_sets
 from tests.data.test_source import LABEL, Things, build_things, png
@@ -275,3 +276,9 @@ def test_an_unreadable_image_and_an_unknown_label(tmp_path):
     np.testing.assert_array_equal(broken["image"], np.zeros((1, 1, 3)))
     assert broken["boxes"].shape == (0, 4) and broken["labels"].shape == (0,)
     assert kinds(unknown) == ["unknown_class"] and len(unknown["labels"]) == 0
+
+
+@pytest.mark.parametrize("name", ["val", "all", "val2014"])
+def test_a_slice_of_a_list_of_any_name(name):
+    assert range(20)[rows_of_split(f"{name}[10%:50%]", 20)] == range(2, 10)
+    assert range(3)[rows_of_split(name, 3)] == range(3)

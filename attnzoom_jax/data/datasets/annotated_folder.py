@@ -88,9 +88,10 @@ def rows_of_split(split: str, count: int) -> slice:
         ValueError: a slice of another form, or without any example.
     """
     whole = dataclasses.make_dataclass("Whole", ["num_examples"])(count)
-    try:
-        wanted = tfds.core.ReadInstruction.from_spec(split)
-        (part,) = wanted.to_absolute({split_name(split): whole})
+    _, bracket, rest = split.partition("[")
+    try:  # by another name: "all" means something of its own to TFDS
+        wanted = tfds.core.ReadInstruction.from_spec(f"split{bracket}{rest}")
+        (part,) = wanted.to_absolute({"split": whole})
     except ValueError as error:
         raise ValueError(f"split {split!r}: {' '.join(str(error).split())}") from error
     rows = slice(*slice(part.from_, part.to).indices(count))
