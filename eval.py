@@ -67,6 +67,8 @@ def evaluate(
         of = "" if trained.step is None else f" (checkpoint {trained.step})"
         print(f"evaluating {name}{of} ...", flush=True)
         new = evaluator.run(trained.variables)
+        if not getattr(evaluator, "prints_itself", False):
+            print_table(new)
         twice = metrics.keys() & new.keys()
         if twice:
             raise ValueError(
@@ -99,8 +101,8 @@ def main() -> None:
     config = flags.FLAGS.config
     workdir = flags.FLAGS.workdir
     used = Workdir(workdir).config() if config is None else config
-    cli.start_devices(used.platform, compile_cache=used.compile_cache)
-    metrics = evaluate(
+    cli.start_devices(used.platform, compile_cache=used.compile_cache, many=True)
+    evaluate(
         workdir,
         checkpoint=flags.FLAGS.checkpoint,
         config=config,
@@ -108,13 +110,11 @@ def main() -> None:
         data_dir=flags.FLAGS.data_dir,
         output=flags.FLAGS.output,
     )
-    print_table(metrics)
     print(f"written to {workdir}/{flags.FLAGS.output}", flush=True)
 
 
 if __name__ == "__main__":
     cli.define_config_flag("Config file, instead of the config that the run was trained with")
-    cli.define_process_flags()
     flags.DEFINE_string("workdir", None, "Folder of the run, or for the results of a network")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
     flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")

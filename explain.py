@@ -241,7 +241,7 @@ def main() -> int:
     if given.figure == "robustness" and not given.list_taps:
         return _robustness(out)
     config = Workdir(given.workdir).config() if given.config is None else given.config
-    cli.start_devices(config.platform, compile_cache=config.compile_cache, alone=True)
+    cli.start_devices(config.platform, compile_cache=config.compile_cache)
     trained = _restore(given.workdir, given.config)
     if given.list_taps:
         print(list_taps(trained))
@@ -256,7 +256,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     cli.define_config_flag("Config file, instead of the config that the run was trained with")
-    cli.define_process_flags()
     flags.DEFINE_string("workdir", None, "Folder of the run")
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step")
     flags.DEFINE_string("data_dir", "", "Folder of prepared data sets, instead of the config's")

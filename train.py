@@ -1,8 +1,9 @@
 """Train a classifier: python train.py --config=configs/demo.py --workdir=runs/demo.
 
-The run resumes by itself when its workdir holds a checkpoint. `train` reads from top to bottom.
+The run resumes by itself when its workdir holds a checkpoint. `_train` reads from top to bottom.
 """
 
+import contextlib
 import datetime
 import math
 import time
@@ -14,14 +15,18 @@ import numpy as np
 from absl import flags
 
 from attnzoom_jax import cli
+from attnzoom_jax.data.bad_examples import left_out
 from attnzoom_jax.data.device import index_batches, load_split
+from attnzoom_jax.data.fingerprint import fingerprint
 from attnzoom_jax.data.pipeline import train_batches
 from attnzoom_jax.evaluation import check_watched, create_evaluator
 from attnzoom_jax.models import load_pretrained
-from attnzoom_jax.training import sharding
+from attnzoom_jax.training import distributed, sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
 from attnzoom_jax.training.experiment import Experiment, create_experiment
+from attnzoom_jax.training.flops import peak_flops
 from attnzoom_jax.training.log import TrainingLog
+from attnzoom_jax.training.profile import Profile
 from attnzoom_jax.training.progress import Progress, format_duration
 from attnzoom_jax.training.schedule import plateau_scale, plateau_update
 from attnzoom_jax.training.state import TrainState, create_state
@@ -30,6 +35,7 @@ from attnzoom_jax.training.step import (
     jit_train_step,
     make_train_step,
 )
+from attnzoom_jax.training.stop import StopSignal
 from attnzoom_jax.training.workdir import Workdir, provenance
 from attnzoom_jax.training.writer import MetricWriter, read_metrics
 
@@ -42,7 +48,7 @@ def train(
     devices: Any = None,
     stop_at: int | None = None,
 ) -> TrainState:
-    """Train as the config says, from where the workdir stands.
+    """Train as the config says, from where the workdir stands; SIGTERM saves and ends it.
 
     Args:
         config: a ConfigDict with the keys of configs/default.py.
@@ -58,13 +64,28 @@ def train(
         ValueError: what a person can mend, in one message.
         FloatingPointError: the loss became NaN or infinite; the last good checkpoint is named.
     """
+    with contextlib.ExitStack() as held:  # what is given back or finished, whatever happens
+        return _train(config, workdir, held, overrides or {}, devices=devices, stop_at=stop_at)
+
+
+def _train(
+    config: Any,
+    workdir: str,
+    held: contextlib.ExitStack,
+    overrides: dict[str, Any],
+    *,
+    devices: Any,
+    stop_at: int | None,
+) -> TrainState:
     started = time.monotonic()
-    folder = Workdir(workdir)
-    mesh = sharding.create_mesh(devices)
+    folder = held.enter_context(Workdir(workdir))
+    stop = held.enter_context(StopSignal())
+    mesh = sharding.create_mesh(devices, shape=config.mesh)
 
     # The parts of the run. Nothing is written before all of them are known to fit.
     sharding.check_batch_size(config.data.batch_size, mesh)
     experiment = create_experiment(config)
+    sharding.check_rules(experiment.param_shapes, config.sharding, mesh)
     evaluators = [
         create_evaluator(model=experiment.model, data=config.data, mesh=mesh, **config.evals[name])
         for name in config.train_evals
@@ -79,7 +100,9 @@ def train(
             key=jax.random.key(config.seed),
             image_shape=experiment.image_shape,
         )
-    folder.claim(config, overrides or {})
+    data = fingerprint(config.data)
+    folder.claim(config, overrides, data=data)
+    distributed.check_shared(folder.path)
     state = create_state(
         experiment.model,
         experiment.optimizer,
@@ -88,23 +111,27 @@ def train(
         mesh=mesh,
         use_ema=config.ema_decay > 0,
         pretrained=pretrained,
+        rules=config.sharding,
     )
+    place = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     # Where the run stands: its own last checkpoint, else published weights, else the beginning.
-    checkpoints = Checkpoints(
-        folder.checkpoints,
-        best_metric=config.best_metric,
-        best_mode=config.best_mode,
-        keep=config.keep_checkpoints,
+    checkpoints = held.enter_context(
+        Checkpoints(
+            folder.checkpoints,
+            best_metric=config.best_metric,
+            best_mode=config.best_mode,
+            keep=config.keep_checkpoints,
+        )
     )
-    step = checkpoints.last_step() or 0
+    step = distributed.as_the_first_says(checkpoints.last_step() or 0)
     if step:
         state = checkpoints.restore(step, like=state, mesh=mesh)
-        print(f"resuming {workdir} from step {step}", flush=True)
+        print(f"resuming {folder.path} from step {step}", flush=True)
     last = min(experiment.total_steps, stop_at or experiment.total_steps)
     best = _BestSoFar(config, folder, step)
     if step >= last or best.stop_early:
-        print(f"nothing to do: {workdir} is trained to step {step}", flush=True)
+        print(f"nothing to do: {folder.path} is trained to step {step}", flush=True)
         checkpoints.close()
         return state
     before = folder.run_info() if step else {}
@@ -116,9 +143,12 @@ def train(
         "steps": step,
         "class_names": experiment.source.class_names,
         "image_shape": experiment.image_shape,
+        "data": data,
+        "left_out": before.get("left_out", []),  # training examples that cannot be read
     }
     folder.write("run.json", info)
     writer = MetricWriter(folder.path, start_step=step)
+    held.callback(writer.close)
 
     print(
         f"training {config.model.name} on {config.data.name}: steps {step + 1} to {last}, "
@@ -127,18 +157,27 @@ def train(
     )
 
     # The loop. `advance` does as many steps as it can up to the next boundary.
-    on_device = config.data.cache == "device"
-    advance = (_on_device if on_device else _from_host)(config, experiment, mesh, step)
     progress = Progress(
-        start_step=step, total_steps=experiment.total_steps, batch_size=config.data.batch_size
+        start_step=step,
+        total_steps=experiment.total_steps,
+        batch_size=config.data.batch_size,
+        peak_flops=peak_flops(mesh.devices.flat),
     )
+    create_advance = _on_device if config.data.cache == "device" else _from_host
+    advance = create_advance(config, experiment, mesh, place, step, progress)
+    profile = Profile(folder.path / "profile", config.profile_steps)
     log = TrainingLog(writer, progress, checkpoints)
-    while step < last and not best.stop_early:
+    log.sums = checkpoints.line(step)
+    while step < last and not best.stop_early and not stop.came():
         log_at = _next_multiple(step, config.log_every_steps)
         eval_at = min(_next_multiple(step, experiment.eval_every), last)
-        state, metrics, done = advance(state, min(log_at, eval_at) - step)
+        profile.before(step)
+        end = min(log_at, eval_at, profile.next_stop(step))
+        state, metrics, done = advance(state, end - step)
         step += done
         log.add(step, metrics)
+        if traced := profile.after(step, metrics):
+            progress.say(step, traced)
         if step in (log_at, eval_at):
             learning_rate = experiment.schedule(step - 1) * plateau_scale(state.opt_state)
             log.cut(step, learning_rate)
@@ -157,22 +196,30 @@ def train(
             progress.say(step, "  ".join(said))
             best.update(results)
             checkpoints.save(step, state, results)
-            seconds = info["duration_s"] + time.monotonic() - started
-            folder.write("run.json", {**info, "steps": step, "duration_s": round(seconds, 1)})
+            folder.write("run.json", _at_step(step, info, started, experiment))
             progress.skip(step)
 
     # The end: everything on disk before the run is called done.
+    profile.close()
+    is_done = step >= last or best.stop_early
+    if not is_done:
+        log.flush()
+        if step and checkpoints.last_step() != step:
+            checkpoints.save(step, state, line=log.sums)
+            folder.write("run.json", _at_step(step, info, started, experiment))
     checkpoints.close()
-    writer.close()
     progress.close()
     if best.stop_early:
         print(f"stopped early: {config.best_metric} did not improve for {best.since} evaluations")
     duration = format_duration(time.monotonic() - started)
-    print(f"done: step {step} after {duration}; results in {workdir}", flush=True)
+    said = "done" if is_done else "stopped by SIGTERM, and the same command goes on"
+    print(f"{said}: step {step} after {duration}; results in {folder.path}", flush=True)
     return state
 
 
-def _from_host(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any:
+def _from_host(
+    config: Any, experiment: Experiment, mesh: Any, place: Any, step: int, progress: Progress
+) -> Any:
     """Batches decoded on the host, one step per call."""
     batches = sharding.prefetch(
         train_batches(
@@ -187,7 +234,8 @@ def _from_host(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any
         ),
         mesh,
     )
-    train_step = jit_train_step(_train_step(experiment), mesh)
+    batches = progress.timed(batches)
+    train_step = progress.counted(jit_train_step(_train_step(experiment), mesh, place=place))
 
     def advance(state: TrainState, limit: int) -> tuple[TrainState, Any, int]:
         del limit
@@ -197,12 +245,14 @@ def _from_host(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any
     return advance
 
 
-def _on_device(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any:
+def _on_device(
+    config: Any, experiment: Experiment, mesh: Any, place: Any, step: int, progress: Progress
+) -> Any:
     """The whole split on the device, many steps per call."""
     split = load_split(
         experiment.source, resize=experiment.resize, num_threads=config.data.num_threads
     )
-    split = jax.device_put(split, sharding.replicated(mesh))
+    split = sharding.to_every_device(split, mesh)
     indices: Iterator[np.ndarray] = index_batches(
         len(experiment.source),
         batch_size=config.data.batch_size,
@@ -210,7 +260,9 @@ def _on_device(config: Any, experiment: Experiment, mesh: Any, step: int) -> Any
         start_step=step,
     )
     losses = experiment.recipe.losses
-    train_steps = jit_steps_on_device(_train_step(experiment), mesh, losses=losses)
+    train_steps = progress.counted(
+        jit_steps_on_device(_train_step(experiment), mesh, losses=losses, place=place)
+    )
     most = config.data.steps_per_call
 
     def advance(state: TrainState, limit: int) -> tuple[TrainState, Any, int]:
@@ -231,6 +283,15 @@ def _train_step(experiment: Experiment) -> Any:
         experiment.recipe,
         num_classes=len(experiment.source.class_names),
     )
+
+
+def _at_step(
+    step: int, info: dict[str, Any], started: float, experiment: Experiment
+) -> dict[str, Any]:
+    """What run.json says of a run at a step."""
+    seconds = info["duration_s"] + time.monotonic() - started
+    skipped = sorted({*info["left_out"], *left_out(experiment.source)})
+    return {**info, "steps": step, "duration_s": round(seconds, 1), "left_out": skipped}
 
 
 def _next_multiple(step: int, every: int) -> int:
@@ -268,7 +329,7 @@ class _BestSoFar:
 def main() -> None:
     """Parse the flags and train."""
     config = flags.FLAGS.config
-    cli.start_devices(config.platform, compile_cache=config.compile_cache)
+    cli.start_devices(config.platform, compile_cache=config.compile_cache, many=True)
     train(config, flags.FLAGS.workdir, overrides=cli.config_overrides())
 
 

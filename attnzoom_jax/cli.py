@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from attnzoom_jax.errors import unknown_name
+from attnzoom_jax.training import distributed
 from attnzoom_jax.training.search import check_may_be_none
 from attnzoom_jax.training.workdir import flatten, to_plain
 
@@ -55,20 +56,26 @@ def run(main: Callable[[], int | None]) -> None:
 
     A ValueError, a file that is missing, or a loss that is no number is the user's to mend: it is
     printed as its message alone and the exit code is 1; wrong flags have the exit code 2.
-    ATTNZOOM_TRACEBACK=1 shows where it was raised.
+    ATTNZOOM_TRACEBACK=1 shows where it was raised. Every programme has the flags
+    --coordinator_address, --num_processes and --process_id.
     """
+    _define_process_flags()
     app.run(lambda argv: _guard(main, argv), flags_parser=_parse_flags)
 
 
-def start_devices(platform: str, *, compile_cache: str = "") -> None:
-    """Choose the platform, refuse another one, and print the device table.
+def start_devices(platform: str, *, compile_cache: str = "", many: bool = False) -> None:
+    """Choose the platform, join other processes, refuse what is not asked for, print the devices.
+
+    Of several processes the first one speaks: what the others print is dropped, but for errors.
 
     Args:
         platform: "" for JAX's own choice, else "cpu", "gpu" or "tpu": what must be there.
         compile_cache: folder in which compiled programs are kept between runs; "" for none.
+        many: whether the programme can have several processes.
 
     Raises:
-        ValueError: unknown platform, or not what JAX finds.
+        ValueError: unknown platform, or not what JAX finds; other processes that are announced and
+            do not come, or that a programme cannot have.
     """
     if platform not in PLATFORMS:
         raise unknown_name("platform", platform, PLATFORMS[1:])
@@ -76,6 +83,15 @@ def start_devices(platform: str, *, compile_cache: str = "") -> None:
         jax.config.update("jax_compilation_cache_dir", compile_cache)
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    use_tpu = platform in ("", "tpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
+    announcement = distributed.find_announcement(use_tpu=use_tpu, **_process_flags())
+    if announcement and announcement.count and not many:
+        raise ValueError(
+            f"{announcement.by} announces {announcement.count} processes, and this programme is "
+            "one; start it on one host, with --num_processes=1"
+        )
+    if announcement and many:
+        distributed.join(announcement)
     try:
         found = jax.default_backend()
     except RuntimeError as error:  # $JAX_PLATFORMS names what is not there
@@ -85,11 +101,28 @@ def start_devices(platform: str, *, compile_cache: str = "") -> None:
             f"config.platform is {platform!r} and JAX finds only {found!r} devices; install the "
             f"package's extra for it (cuda or tpu), or pass --config.platform={found}"
         )
+    distributed.check_devices(announcement if many else None, platform=platform)
+    if jax.process_count() > 1:
+        distributed.say_if_ended()
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")  # to the end of the process
     devices = jax.devices()
     print("device table")
     for kind in sorted({device.device_kind for device in devices}):
         count = sum(device.device_kind == kind for device in devices)
         print(f"  {count} x {kind} ({found}), {jax.process_count()} process(es)", flush=True)
+
+
+def _define_process_flags() -> None:
+    """The flags that tell a process of the others, where nothing else does."""
+    flags.DEFINE_string("coordinator_address", None, "Of several processes: host:port of the first")
+    flags.DEFINE_integer("num_processes", None, "How many there are; 1: alone, whatever is set")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0")
+
+
+def _process_flags() -> dict[str, Any]:
+    names = ("coordinator_address", "num_processes", "process_id")
+    return {name: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -137,13 +170,25 @@ def _guard(main: Callable[[], int | None], argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; flags look like --name=value", code=2)
     if not any(argument.lstrip("-").startswith("verbosity") for argument in sys.argv[1:]):
-        logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it writes
+        # Orbax tells of every file that it writes, and in each of its threads that one failed.
+        debug = os.environ.get("ATTNZOOM_TRACEBACK")
+        logging.set_verbosity(logging.ERROR if debug else logging.FATAL)
     try:
         code = main()
     except (ValueError, OSError, FloatingPointError) as error:
         _show_traceback()
         # JAX appends a remark about its own frames to what passes through jit.
         _fail(str(error).partition("\n-----")[0], code=1)
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        _show_traceback()
+        reason = " ".join(str(error).split())[:200]
+        _fail(
+            f"another process ended or cannot be reached ({reason}); start all of them again: a "
+            "run goes on from its last checkpoint",
+            code=1,
+        )
     sys.exit(code or 0)
 
 
@@ -154,5 +199,8 @@ def _show_traceback() -> None:
 
 def _fail(message: str, *, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {distributed.describe_process()}{message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        distributed.end_in_order()
+        os._exit(code)  # sys.exit would wait for the others, which wait for this one
     sys.exit(code)

@@ -15,6 +15,11 @@ def get_config() -> ml_collections.ConfigDict:
             "seed": 0,  # of parameters, order, augmentation
             "platform": "",  # "": whatever JAX finds; "cpu", "gpu", "tpu": that or stop
             "compile_cache": "",  # folder for compiled programs; "": none
+            "mesh": {  # devices along each axis; -1: what remains
+                "data": -1,  # a batch is split over them
+                "model": 1,  # wide parameters are, by the rules below
+            },
+            "sharding": (),  # (pattern, axes) pairs such as (".*head/kernel", (None, "model"))
             "total_steps": 0,  # length of the run in updates, or ...
             "total_epochs": 0.0,  # ... in epochs; one of the two
             "data": {
@@ -27,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "cache": "host",  # "device": the whole training split on the device
                 "steps_per_call": 50,  # with cache "device": updates per call of the program
                 "num_threads": 4,  # that read and decode
+                "on_bad_example": "stop",  # of training, that cannot be read; "skip": leave it out
                 "resize": "none",  # on the host: "none", "squash" or "crop" to image_size
                 "image_size": 0,
                 "crop_size": 0,  # side of what the model sees: random crop in training, central
@@ -59,9 +65,12 @@ def get_config() -> ml_collections.ConfigDict:
                 "padding": placeholder(str),  # of MobileNets: "torch", "tf"
                 "activation": placeholder(str),  # of MobileNets: "relu6", "relu"
                 "dtype": placeholder(str),  # of the computation: "float32", "bfloat16"
+                "fully_convolutional": placeholder(bool),  # of VGG: logits of every place
                 "insert": {},  # {path: {"name": layer, **its fields}}
             },
             "pretrained": "",  # file of weights to begin with, see models/pretrained.py; "": none
+            "network": "",  # FILE.py:NAME, to evaluate any JAX function, see models/function.py
+            "class_names": "",  # of a network not trained here: text file, a name per line
             "optimizer": {  # see training/optimizer.py; None: its default
                 "name": "sgd",  # "sgd", "adam", "adamw", "lamb"
                 "learning_rate": 0.1,
@@ -92,8 +101,11 @@ def get_config() -> ml_collections.ConfigDict:
                 "div_factor": placeholder(float),
                 "final_div_factor": placeholder(float),
             },
+            "remat": (),  # paths of modules, as ("stage1", "stage2"), of which the backward pass
+            # computes the inside again: less memory, more time; see models/remat.py
             "ema_decay": 0.0,  # of averaged parameters, with which is evaluated; 0: off
             "log_every_steps": 50,
+            "profile_steps": (),  # (first, last): of these a trace for XProf, in WORKDIR/profile
             "eval_every_steps": 0,  # evaluation and checkpoint; 0: ...
             "eval_every_epochs": 1.0,  # ... counted in epochs
             "evals": {  # what eval.py runs, each with its evaluator's arguments

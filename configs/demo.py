@@ -16,6 +16,12 @@ import ml_collections
 
 from configs import default
 
+METHODS = (
+    *("grad_cam", "grad_cam_plus_plus", "layer_cam"),
+    *("excitation_backprop", "contrastive_excitation_backprop"),
+    *("gradient", "input_x_gradient", "guided_backprop"),
+)
+
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config = default.get_config()
@@ -30,4 +36,15 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
             },
         }
     )
+    # Which method finds the mark that decides? Half a pixel of the 8 x 8 map is 4 pixels.
+    config.evals.table = {
+        "name": "attribution_table",
+        "split": "test",
+        "methods": METHODS[:1] if mode else METHODS,
+        "scores": {"pointing": {"tolerance": 4.0}, "energy": {}},
+        "truth": "parts",
+        "max_images": 8 if mode else 500,
+        "batch_size": 8 if mode else 32,
+        "prefix": "table",
+    }
     return default.in_mode(config, mode)

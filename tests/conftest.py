@@ -17,6 +17,20 @@ os.environ.setdefault("TFDS_DATA_DIR", str(CACHE / "tensorflow_datasets"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Without LLVM's optimisations, here and in processes: a third to a half of the time.
+
+    XLA's own stay. For modules that ask what a program does, and not how its sums are rounded:
+    `pytestmark = pytest.mark.usefixtures("quick_compilation")`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def root() -> pathlib.Path:
     """The repository's root."""

@@ -30,6 +30,8 @@ from attnzoom_jax.training.state import init_variables
 from attnzoom_jax.training.workdir import Workdir, differences, flatten, to_plain
 from configs import attention_zoom, default
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "configs" / "golden"
 NAMES = sorted(
@@ -37,6 +39,8 @@ NAMES = sorted(
     for path in (ROOT / "configs").glob("*.py")
     if path.stem not in ("__init__", "default")
 )
+EVALUATIONS = ("attribution_table", "phrases")  # of a run, or of a network from elsewhere
+TRAININGS = [name for name in NAMES if name not in EVALUATIONS]
 MODES = ("", "tiny")
 
 
@@ -81,7 +85,8 @@ def test_a_config_has_every_key_and_adds_none_outside_its_open_sections(name, mo
 @pytest.mark.parametrize("name", NAMES)
 def test_a_newcomer_can_run_it_from_its_docstring(name):
     text = importlib.import_module(f"configs.{name}").__doc__ or ""
-    assert f"python train.py --config=configs/{name}.py --workdir=runs/" in text
+    programme = "eval" if name in EVALUATIONS else "train"
+    assert f"python {programme}.py --config=configs/{name}.py --workdir=runs/" in text
     for word in ("Hardware and time:", "Expected:", "`:tiny`"):
         assert word in text
 
@@ -92,7 +97,7 @@ def test_an_unknown_mode_is_named(name):
         load(name, "tny")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_the_parts_of_the_whole_experiment_fit(name, monkeypatch):
     monkeypatch.setattr(experiment, "open_split", any_source)
     config = load(name)
@@ -202,13 +207,6 @@ def test_an_unknown_choice_is_named(mode, message):
         load("attention_zoom", mode)
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # At :tiny the two data sets are one, and differ in the hyper-parameters alone. DenseNet and CBAM
 # take minutes to compile and are left to a person: train.py --config=...:backbone=densenet121,tiny.
 @pytest.mark.slow
@@ -221,7 +219,7 @@ def quick_compilation():
         ("tiny_imagenet", "resnext50"),
     ],
 )
-def test_backbones_take_two_steps_at_tiny_offline(dataset, backbone, tmp_path, quick_compilation):
+def test_backbones_take_two_steps_at_tiny_offline(dataset, backbone, tmp_path):
     config = table_config(dataset, backbone, "zoom", "tiny")
     config.total_steps = 2
     config.train_evals = ()

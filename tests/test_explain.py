@@ -20,6 +20,8 @@ from attnzoom_jax.training.sharding import create_mesh
 from attnzoom_jax.training.workdir import Workdir
 from configs import demo
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def small_run(folder, insert, model=None, **changes) -> Any:
     config: Any = demo.get_config("tiny")

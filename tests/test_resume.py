@@ -16,6 +16,7 @@ from attnzoom_jax.data.pipeline import train_batches
 from attnzoom_jax.data.source import open_source
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.checkpoint import Checkpoints
+from attnzoom_jax.training.log import MEASURED
 from attnzoom_jax.training.writer import read_metrics
 from configs import demo
 
@@ -61,7 +62,7 @@ def config(cache, labels) -> Any:
 
 def without_timing(folder):
     lines = read_metrics(folder)
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.mark.slow

@@ -138,6 +138,15 @@ def _stand_in(name: str, image_size: tuple[int | None, ...], num_classes: int) -
     )
 
 
+def with_boxes(config: Any, source: Source) -> Source:
+    """The source, with the whole of each image as its box where the config has boxes."""
+    if not config.data.patches:
+        return source
+    side = config.data.image_size
+    whole = np.array([[0, 0, side, side]], np.float32)
+    return dataclasses.replace(source, examples=[{"boxes": whole}] * len(source))
+
+
 def variants(insert: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{row: what is inserted} for a config's `model.insert`, `base` first, the config's own next.
 
@@ -178,10 +187,7 @@ def create_parts(config: Any, source: Source, batch_size: int) -> dict[str, Expe
         ValueError: as `create_experiment`.
     """
     config = config.copy_and_resolve_references()
-    if config.data.patches:
-        side = config.data.image_size
-        whole = np.array([[0, 0, side, side]], np.float32)
-        source = dataclasses.replace(source, examples=[{"boxes": whole}] * len(source))
+    source = with_boxes(config, source)
     parts = {}
     with config.unlocked():
         config.data.batch_size = batch_size
@@ -211,11 +217,11 @@ def measure(parts: Mapping[str, Experiment], batch_size: int, *, with_time: bool
         compile_s and, with times, step_s_fastest and rounds.
     """
     mesh = sharding.create_mesh(jax.devices()[:1])
-    batch = _batch(next(iter(parts.values())), batch_size)
+    batch = noise_batch(next(iter(parts.values())), batch_size)
     rows, steps, states = {}, {}, {}
     for i, (name, experiment) in enumerate(parts.items()):
         print(f"compiling {name} ({i + 1}/{len(parts)}) ...", flush=True)
-        state = _state_shapes(experiment, mesh)
+        state = state_shapes(experiment, mesh)
         rows[name], steps[name] = _compile(experiment, state, batch, mesh)
         if with_time:
             states[name] = jax.device_put(_noise(state), sharding.replicated(mesh))
@@ -227,7 +233,7 @@ def measure(parts: Mapping[str, Experiment], batch_size: int, *, with_time: bool
     return rows
 
 
-def _batch(experiment: Experiment, batch_size: int) -> dict[str, np.ndarray]:
+def noise_batch(experiment: Experiment, batch_size: int) -> dict[str, np.ndarray]:
     """Noise of the size that the host hands to a training step, and the boxes if there are any."""
     size = experiment.resize.size
     shape = experiment.source.image_shape if experiment.resize.mode == "none" else (size, size, 3)
@@ -238,7 +244,8 @@ def _batch(experiment: Experiment, batch_size: int) -> dict[str, np.ndarray]:
     return {"image": images, "label": labels.astype(np.int32), **inputs}
 
 
-def _state_shapes(experiment: Experiment, mesh: Any) -> TrainState:
+def state_shapes(experiment: Experiment, mesh: Any) -> TrainState:
+    """The state at step 0 as shapes; no parameter is made."""
     create = functools.partial(
         create_state,
         experiment.model,

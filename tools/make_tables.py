@@ -7,7 +7,8 @@
 A table stands between `<!-- table NAME METRIC ... -->` and `<!-- end -->` in a Markdown file. For
 one run it has a row per metric; for a suite (tools/run_suite.py) a row per run, with the mean and
 the standard deviation over its seeds, and where there is a run `base`, of the differences to it; a
-metric that a run does not have is left blank.
+metric that a run does not have is left blank. For the scores of attribution methods it has a row
+per method; NAME/TABLE says which table, where the result has several or was trained, too.
 """
 
 import argparse
@@ -19,22 +20,30 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from attnzoom_jax.errors import unknown_name
 from attnzoom_jax.training.workdir import MACHINE_KEYS
+from attnzoom_jax.viz import score_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table (\S+) ([^>]*?) ?-->\n).*?(<!-- end -->)", re.DOTALL)
+# The folders before the name of a file, also within a sentence; not "/" alone, nor "test/top1".
+FOLDERS = re.compile(r"""(?<![^\s'"(=,\[])(?:~|\.\.)?/(?:[^\s/]+/)*(?=[^\s/])""")
 
 
 def record(workdir: pathlib.Path, name: str, root: pathlib.Path = ROOT) -> pathlib.Path:
-    """Gather a run's eval.json, run.json and validation curve into results/NAME.json.
+    """Gather what eval.py found, and of a trained run how it was trained, in results/NAME.json.
 
     Args:
-        workdir: folder of a run that eval.py has evaluated.
+        workdir: folder of a run that eval.py has evaluated, or in which it has written down how a
+            network scores that was not trained here.
         name: of the result.
         root: of the repository.
 
     Returns:
-        The file written.
+        The file written: "eval", the eval.json; "tables", {name: table} of its tables/, if any;
+        "run" and "curve", the run.json and the metrics of the validation, of a run. Folders of the
+        machine at hand, of no use to others, are left out; files outside of the repository, such as
+        weights, keep their names.
 
     Raises:
         ValueError: the run was not evaluated.
@@ -42,19 +51,35 @@ def record(workdir: pathlib.Path, name: str, root: pathlib.Path = ROOT) -> pathl
     if not (workdir / "eval.json").exists():
         raise ValueError(f"{workdir} has no eval.json; run: python eval.py --workdir={workdir}")
     evaluation = json.loads((workdir / "eval.json").read_text())
-    run = json.loads((workdir / "run.json").read_text())
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    # Folders of the machine at hand are of no use to others.
     for key in MACHINE_KEYS:
         evaluation["overrides"].pop(key, None)
         evaluation["config"].pop(key, None)
     evaluation["config"]["data"].pop("dir", None)
-    curve = [line for line in lines if any(key.startswith("validation/") for key in line)]
-    content = {"eval": evaluation, "run": run, "curve": curve}
+    content: dict[str, Any] = {"eval": evaluation}
+    if (workdir / "run.json").exists():
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        content["run"] = json.loads((workdir / "run.json").read_text())
+        content["curve"] = [
+            line for line in lines if any(key.startswith("validation/") for key in line)
+        ]
+    tables = sorted(workdir.glob("tables/*/table.json"))
+    if tables:
+        content["tables"] = {file.parent.name: json.loads(file.read_text()) for file in tables}
     path = root / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(_without_folders(content, root), indent=1) + "\n")
     return path
+
+
+def _without_folders(content: Any, root: pathlib.Path) -> Any:
+    """The same with files named from the repository's root, or if they are outside, alone."""
+    if isinstance(content, dict):
+        return {key: _without_folders(value, root) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_folders(value, root) for value in content]
+    if isinstance(content, str):
+        return FOLDERS.sub("", content.replace(f"{root.resolve()}/", ""))
+    return content
 
 
 def write_tables(text: str, root: pathlib.Path = ROOT) -> str:
@@ -62,30 +87,66 @@ def write_tables(text: str, root: pathlib.Path = ROOT) -> str:
 
     def fill(match: re.Match[str]) -> str:
         start, name, metrics, end = match.groups()
+        name, _, table = name.partition("/")
         result = json.loads((root / "results" / f"{name}.json").read_text())
-        make = _suite_table if "suite" in result else _table
-        return start + "\n" + make(result, metrics.split()) + "\n\n" + end
+        if table or ("tables" in result and "run" not in result):
+            filled = _score_table(result, table, metrics.split())
+        else:
+            make = _suite_table if "suite" in result else _table
+            filled = make(result, metrics.split())
+        return start + "\n" + filled + "\n\n" + end
 
     return TABLE.sub(fill, text)
 
 
 def _table(result: dict[str, Any], metrics: list[str]) -> str:
-    evaluation, run = result["eval"], result["run"]
+    evaluation, run = result["eval"], result.get("run")
+    facts = list(_facts(evaluation | (run or {})).items())
+    if run:
+        curve = ", ".join(f"{of['validation/top1']:.3f} ({of['step']})" for of in result["curve"])
+        facts.insert(0, ("validation top-1 (step)", curve))
+        facts.insert(-1, ("training time", f"{run['duration_s'] / 60:.1f} min"))
     rows = [f"| {name} | {evaluation['metrics'][name]:.4g} |" for name in metrics]
-    curve = ", ".join(f"{line['validation/top1']:.3f} ({line['step']})" for line in result["curve"])
-    overrides = " ".join(
-        f"--config.{key}={value}" for key, value in evaluation["overrides"].items()
-    )
-    facts = [
-        ("validation top-1 (step)", curve),
-        ("overrides", f"`{overrides}`" if overrides else "none"),
-        ("seed, checkpoint", f"{evaluation['seed']}, step {evaluation['step']}"),
-        ("device", f"{run['device_count']} x {run['device_kind']}, JAX {run['versions']['jax']}"),
-        ("training time", f"{run['duration_s'] / 60:.1f} min"),
-        ("commit", run["commit"][:12] + ("+" if run["commit"].endswith("+") else "")),
-    ]
     rows += [f"| {name} | {value} |" for name, value in facts]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _score_table(result: dict[str, Any], name: str, metrics: list[str]) -> str:
+    tables = result.get("tables", {})
+    if not name and len(tables) == 1:
+        (name,) = tables
+    if name not in tables:
+        raise unknown_name("table of the result", name, tables)
+    table = tables[name]
+    problems = {kind: found["count"] for kind, found in table["problems"].items()}
+    counts = [
+        f"{n} {what.replace('_', ' ')}" for what, n in {**table["counts"], **problems}.items()
+    ]
+    facts = [f"{what}: {of}" for what, of in _facts(result["eval"]).items()]
+    note = "In brackets: intervals by bootstrap over the images; bold: the best of each column."
+    below = "; ".join([f"{note} {', '.join(counts)}", *facts])
+    return f"{score_table.markdown(table, metrics)}\n\n{below}."
+
+
+def _facts(origin: dict[str, Any]) -> dict[str, str]:
+    """Where a number comes from, of what eval.json or run.json hold."""
+    overrides = _overrides(origin["overrides"])
+    step = f"step {origin['step']}" if origin["step"] is not None else "not trained here"
+    return {
+        "overrides": overrides,
+        "seed, checkpoint": f"{origin['seed']}, {step}",
+        "device": f"{origin['device_count']} x {origin['device_kind']}, "
+        f"JAX {origin['versions']['jax']}",
+        "commit": _short(origin["commit"]),
+    }
+
+
+def _overrides(given: dict[str, Any]) -> str:
+    return f"`{' '.join(f'--config.{k}={v}' for k, v in given.items())}`" if given else "none"
+
+
+def _short(commit: str) -> str:
+    return commit[:12] + ("+" if commit.endswith("+") else "")
 
 
 def _suite_table(result: dict[str, Any], metrics: list[str]) -> str:
@@ -110,14 +171,13 @@ def _suite_table(result: dict[str, Any], metrics: list[str]) -> str:
                 row.append("" if name == "base" else _mean(gains, sign="+"))
         row.append(f"{statistics.median(r['training_s'] for r in seeds.values()) / 60:.1f}")
         rows.append(row)
-    overrides = " ".join(f"--config.{k}={v}" for k, v in result["suite"]["overrides"].items())
     kinds = sorted({f"{r['device_count']} x {r['device_kind']}" for r in runs})
-    commits = sorted({r["commit"][:12] + ("+" if r["commit"].endswith("+") else "") for r in runs})
+    commits = sorted({_short(r["commit"]) for r in runs})
     facts = (
         f"Mean and standard deviation over the seeds; minutes of training, median. On "
         f"{', '.join(kinds)} ({runs[0]['cpu_count']} cores), JAX {runs[0]['versions']['jax']}, "
         f"commit {', '.join(commits)}, {sum(r['training_s'] for r in runs) / 3600:.1f} hours in "
-        f"all. Overrides: {f'`{overrides}`' if overrides else 'none'}."
+        f"all. Overrides: {_overrides(result['suite']['overrides'])}."
     )
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", facts])

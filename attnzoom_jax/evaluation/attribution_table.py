@@ -93,6 +93,8 @@ class AttributionTable:
         ValueError: whatever cannot be understood, in one line.
     """
 
+    prints_itself = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -349,16 +351,17 @@ class AttributionTable:
 
     def _create_scores(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         kinds: dict[str, Any] = {}
-        for name, options in wanted.items():
+        for name in wanted:
             if name not in KINDS:
                 raise unknown_name("score", name, KINDS)
+        for name in (name for name in KINDS if name in wanted):  # a ConfigDict sorts its keys
             own: dict[str, Any] = {}
             if name == "pointing":
                 own = {"num_classes": len(self._source.class_names)}
             elif name == "faithfulness":
                 own = {"apply": self._apply, "mesh": self._mesh}
             try:
-                kinds[name] = KINDS[name](**own, **options)
+                kinds[name] = KINDS[name](**own, **wanted[name])
             except TypeError as error:
                 raise ValueError(f"scores.{name}: {error}") from error
         if not kinds:

@@ -53,7 +53,8 @@ class EvalSplit:
         def add(sums: Sums, variables: Any, batch: Batch) -> Sums:
             return jax.tree.map(jnp.add, sums, batch_sums(variables, batch))
 
-        self._batch_sums, self._add = batch_sums, jax.jit(add)
+        self._batch_sums = batch_sums
+        self._add = jax.jit(add, out_shardings=replicated(mesh))  # each process reads them
 
     def run(self, variables: Any, change: Change = None) -> dict[str, Any]:
         """The sums over the whole split, on the host.

@@ -118,7 +118,8 @@ def create_model(
     |                            |             | width_per_group, and as resnet50               |
     | wide_resnet28_10           | WideResNet  | stem="cifar", width=16, dropout=0.0, dtype     |
     | iresnet50                  | IResNet     | stem="imagenet", width=64, dtype               |
-    | vgg16 19, vgg16_bn 19_bn   | VGG         | stem="imagenet", width=64, dropout=0.5, dtype  |
+    | vgg16 19, vgg16_bn 19_bn   | VGG         | stem="imagenet", width=64, dropout=0.5, dtype, |
+    |                            |             | fully_convolutional=False                      |
     | densenet121                | DenseNet    | stem="imagenet", width=64, dtype               |
     | mobilenet_v1               | MobileNetV1 | stem="imagenet", width=32, dropout=0.0, dtype  |
     | mobilenet_v2               | MobileNetV2 | stem="imagenet", width=32, dropout=0.2, dtype  |

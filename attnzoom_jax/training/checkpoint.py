@@ -1,21 +1,33 @@
 """Checkpoints of a run: saved while training goes on, the last ones and the best one kept.
 
-Everything that knows Orbax is here.
+Everything that knows Orbax is here. Orbax makes a checkpoint appear whole or not at all, but reads
+flipped bits as if they were numbers: each checkpoint has the checksums of its files with it.
 """
 
+import contextlib
+import json
 import math
 import pathlib
 import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
-from attnzoom_jax.training.sharding import replicated
+from attnzoom_jax.training import checksum
 
+ROOM = 2**20  # bytes besides the arrays: Orbax's own files, each of them a block at least
+DELETED = "deleted"  # folder of what is no longer kept, for a moment
 LISTED = 8  # differences of each side in a message
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+# Orbax writes them at the very end, after the checksums; nothing is read from them.
+LATE_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+LINE = "line.json"
 
 
 class Checkpoints:
@@ -27,6 +39,10 @@ class Checkpoints:
         best_mode: "max" or "min".
         keep: how many of the last checkpoints stay; the best stays besides.
         read_only: nothing is saved, deleted or created.
+
+    Raises:
+        ValueError: checkpoints are damaged: all of them, or, if read_only, so that the others
+            cannot be listed.
     """
 
     def __init__(
@@ -40,12 +56,18 @@ class Checkpoints:
     ) -> None:
         self.folder = pathlib.Path(folder).absolute()
         self.best_metric = best_metric
+        self._read_only = read_only
+        self._line: dict[str, Any] = {}
         if not read_only:
-            sweep_unfinished(self.folder)
+            if jax.process_index() == 0:
+                sweep_unfinished(self.folder)
+                set_aside_damaged(self.folder)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoints are looked through")
 
         def value(metrics: dict[str, float]) -> float:
             """What to rank a checkpoint by; NaN, which would spoil the order, is the worst."""
-            number = metrics[best_metric]
+            number = metrics.get(best_metric, math.nan)
             worst = -math.inf if best_mode == "max" else math.inf
             return worst if math.isnan(number) else number
 
@@ -59,22 +81,75 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_handlers=ocp.StandardCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=value if best_metric else None,
-                best_mode=best_mode,
-                create=not read_only,
-                read_only=read_only,
-                enable_async_checkpointing=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=value if best_metric else None,
+            best_mode=best_mode,
+            create=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._complete),
+            # Renamed first: else a kill leaves a checkpoint that is half deleted.
+            todelete_subdir=None if read_only else DELETED,
         )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder, item_handlers=ocp.StandardCheckpointHandler(), options=options
+            )
+        except Exception as error:  # it reads the metrics of all checkpoints
+            for step, damage in find_damaged(self.folder).items():
+                raise ValueError(_damaged(self.folder, step, damage)) from error
+            raise
 
-    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Save a state, in the background; `metrics` decide which checkpoint is the best."""
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        # At the end of the process a save would be cut off. Of several processes the others may be
+        # gone, and a save waits for all of them.
+        if kind is not None and jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # the first error is the one to tell of
+                self._manager.wait_until_finished()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: dict[str, float] | None = None,
+        *,
+        line: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save a state in the background.
+
+        Args:
+            step: of the state.
+            state: what `restore` gives back.
+            metrics: decide which checkpoint is the best.
+            line: {name: number}, int32 or float32, of a line of the log that has not ended here.
+
+        Raises:
+            ValueError: this checkpoint, or the one before, cannot be written.
+        """
+        self.wait()  # its `_complete` needs its own `_line`
+        with self._writing():
+            _check_room(self.folder, state)
+            self._line = {name: np.asarray(n).item() for name, n in (line or {}).items()}
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+
+    def line(self, step: int) -> dict[str, Any] | None:
+        """What `save` was given as `line`, None if nothing."""
+        path = self.folder / str(step) / LINE
+        numbers = json.loads(path.read_text()) if path.exists() else {}
+        types = {int: np.int32, float: np.float32}
+        return {name: types[type(n)](n) for name, n in numbers.items()} or None
+
+    def _complete(self) -> None:
+        """What Orbax calls when all files of a checkpoint are there, before it gets its name."""
+        if jax.process_index() == 0:
+            for folder in self.folder.glob(UNFINISHED):
+                if self._line:
+                    (folder / LINE).write_text(json.dumps(self._line))
+                checksum.write_sums(folder, leave_out=LATE_FILES)
 
     def last_step(self) -> int | None:
         """The newest complete checkpoint, None if there is none."""
@@ -113,13 +188,15 @@ class Checkpoints:
             )
         return int(which)
 
-    def restore(self, step: int, like: Any, *, mesh: Mesh) -> Any:
+    def restore(self, step: int, like: Any, *, mesh: Mesh | None) -> Any:
         """Read a checkpoint.
 
         Args:
             step: as `find` returns it.
             like: a state of the same structure, arrays or shapes.
-            mesh: where the restored arrays live, whatever it was when they were saved.
+            mesh: where the restored arrays live, whatever it was when they were saved: split over
+                it as those of `like` are, else whole on every device. None, or where `like` has a
+                NumPy array: on the host, as NumPy.
 
         Returns:
             The state.
@@ -131,13 +208,13 @@ class Checkpoints:
         check_same_tree(saved=saved, expected=like, where=f"checkpoint {step} in {self.folder}")
         return self._restore(step, like, mesh)
 
-    def restore_variables(self, step: int, *, like: Any, mesh: Mesh) -> Any:
+    def restore_variables(self, step: int, *, like: Any, mesh: Mesh | None) -> Any:
         """Read what a model needs to be evaluated, whatever optimiser trained it.
 
         Args:
             step: as `find` returns it.
             like: {"params", "batch_stats"}, arrays or shapes.
-            mesh: where the restored arrays live.
+            mesh: as of `restore`.
 
         Returns:
             {"params", "batch_stats"}; the averaged parameters where the run kept such.
@@ -149,49 +226,129 @@ class Checkpoints:
         params = "ema_params" if jax.tree.leaves(saved["ema_params"]) else "params"
         there = {"params": saved[params], "batch_stats": saved["batch_stats"]}
         check_same_tree(saved=there, expected=like, where=f"checkpoint {step} in {self.folder}")
-        state = self._restore(step, saved, mesh)
+        # The rest must be read too, but need not find room on the devices.
+        rest = jax.tree.map(_on_host, saved)
+        wanted = {**rest, params: like["params"], "batch_stats": saved["batch_stats"]}
+        state = self._restore(step, wanted, mesh)
         return {"params": state[params], "batch_stats": state["batch_stats"] or {}}
 
-    def _restore(self, step: int, like: Any, mesh: Mesh) -> Any:
-        sharding = replicated(mesh)
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
-        )
+    def _restore(self, step: int, like: Any, mesh: Mesh | None) -> Any:
+        def target(leaf: Any) -> Any:
+            if mesh is None or isinstance(leaf, np.ndarray):
+                return _on_host(leaf)
+            place = getattr(leaf, "sharding", None)
+            spec = place.spec if isinstance(place, NamedSharding) else PartitionSpec()
+            sharding = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            return self._manager.restore(
+                step, args=ocp.args.StandardRestore(jax.tree.map(target, like))
+            )
         except Exception as error:  # the storage raises what it likes
-            raise self._damaged(step, error) from error
+            raise ValueError(_damaged(self.folder, step, error)) from error
 
     def _metadata(self, step: int) -> Any:
+        self._check(step)
         try:
             saved = self._manager.item_metadata(step)
             _shapes(saved["params"])
         except Exception as error:
-            raise self._damaged(step, error) from error
+            raise ValueError(_damaged(self.folder, step, error)) from error
         return saved
 
-    def _damaged(self, step: int, error: Any) -> ValueError:
-        others = ", ".join(str(other) for other in self.steps() if other != step) or "no other"
-        reason = " ".join(str(error).split())[:200]
-        return ValueError(
-            f"checkpoint {step} in {self.folder} cannot be read ({reason}); delete the folder "
-            f"{step} to go on without it; there is: {others}"
-        )
+    def _check(self, step: int) -> None:
+        damage = checksum.find_damage(self.folder / str(step))
+        if damage:
+            raise ValueError(_damaged(self.folder, step, damage))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the storage raises what it likes, and later than at the save
+            steps = _steps(self.folder)
+            last = f"the last one is step {max(steps)}" if steps else "there is none yet"
+            raise ValueError(
+                f"a checkpoint cannot be written into {self.folder} ({_one_line(error)}); {last}, "
+                "from which the same command goes on"
+            ) from error
 
     def wait(self) -> None:
-        """Wait until all is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until all is on disk; a ValueError if it cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+        if not self._read_only and jax.process_index() == 0:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:
-        """Wait until all is on disk and release the folder."""
+        """Wait until all is on disk and release the folder; a ValueError as `wait`."""
+        self.wait()
         self._manager.close()
 
 
 def sweep_unfinished(folder: pathlib.Path) -> None:
-    """Remove what a killed run left half saved; Orbax itself never reads it, nor deletes it."""
-    if jax.process_index() == 0:
-        for path in folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed run left half saved or deleted; Orbax itself leaves it there."""
+    for path in (*folder.glob(UNFINISHED), folder / DELETED):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_damaged(folder: pathlib.Path) -> None:
+    """Rename checkpoints that are not as they were written, and say so.
+
+    Raises:
+        ValueError: there is no other to go on from.
+    """
+    damaged = find_damaged(folder)
+    others = sorted(_steps(folder) - damaged.keys())
+    if damaged and not others:
+        listed = ", ".join(f"{step}: {damage}" for step, damage in damaged.items())
+        raise ValueError(
+            f"every checkpoint in {folder} is damaged ({listed}); bring one back from a copy, or "
+            "delete the folder to begin anew"
+        )
+    for step, damage in damaged.items():
+        aside = folder / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / str(step)).rename(aside)
+        print(
+            f"checkpoint {step} in {folder} is damaged ({damage}); it is now called {aside.name}, "
+            f"and there is: {', '.join(map(str, others))}",
+            flush=True,
+        )
+
+
+def find_damaged(folder: pathlib.Path) -> dict[int, str]:
+    """{step: what is wrong} of the checkpoints that are not as they were written."""
+    found = {step: checksum.find_damage(folder / str(step)) for step in sorted(_steps(folder))}
+    return {step: damage for step, damage in found.items() if damage}
+
+
+def _check_room(folder: pathlib.Path, state: Any) -> None:
+    """Raise an OSError if there is no room for a state: Orbax would fail too, at great length."""
+    needed = ROOM + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(folder).free
+    if jax.process_index() == 0 and free < needed:
+        raise OSError(
+            f"No space left on device: {free / 1e6:.1f} MB are free, and it takes up to "
+            f"{needed / 1e6:.1f} MB"
+        )
+
+
+def _steps(folder: pathlib.Path) -> set[int]:
+    return {int(path.name) for path in folder.glob("*") if path.name.isdigit()}
+
+
+def _damaged(folder: pathlib.Path, step: int, error: Any) -> str:
+    others = ", ".join(map(str, sorted(_steps(folder) - {step}))) or "no other"
+    return (
+        f"checkpoint {step} in {folder} cannot be read ({_one_line(error)}); delete the folder "
+        f"{step} to go on without it; there is: {others}"
+    )
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def check_same_tree(*, saved: Any, expected: Any, where: str) -> None:
@@ -217,6 +374,10 @@ def check_same_tree(*, saved: Any, expected: Any, where: str) -> None:
             f"{where} is of another model (- saved, + expected by this config):\n  "
             + "\n  ".join(shown)
         )
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    return np.empty(leaf.shape, leaf.dtype)
 
 
 def _shapes(tree: Any) -> dict[str, str]:

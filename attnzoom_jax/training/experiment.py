@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from attnzoom_jax.data.auto_augment import POLICY_NAMES
+from attnzoom_jax.data.bad_examples import watch_examples
 from attnzoom_jax.data.patches import extra_inputs
 from attnzoom_jax.data.pipeline import Resize, check_one_size, check_train_batch
 from attnzoom_jax.data.source import Source
@@ -36,6 +37,7 @@ class Experiment:
         resize: how images become one size on the host.
         image_shape: [h, w, c] of what the model sees.
         model: classifier.
+        param_shapes: of its parameters.
         recipe: augmentation and loss.
         schedule: learning rate by step.
         optimizer: what updates the parameters.
@@ -47,6 +49,7 @@ class Experiment:
     resize: Resize
     image_shape: tuple[int, int, int]
     model: nn.Module
+    param_shapes: Any
     recipe: Recipe
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -73,7 +76,10 @@ def create_experiment(config: Any, *, source: Source | None = None) -> Experimen
     """
     _check_values(config)
     if source is None:
-        source = open_split(config.data, split=config.data.train_split)
+        source = watch_examples(
+            open_split(config.data, split=config.data.train_split),
+            config.data.get("on_bad_example", "stop"),
+        )
     resize = Resize(config.data.resize, config.data.image_size)
     check_one_size(source, resize)
     image_shape = _image_shape(config, source)
@@ -95,6 +101,7 @@ def create_experiment(config: Any, *, source: Source | None = None) -> Experimen
         resize=resize,
         image_shape=image_shape,
         model=model,
+        param_shapes=variables["params"],
         recipe=recipe,
         schedule=schedule,
         optimizer=create_optimizer(config, variables["params"], schedule=schedule),
@@ -126,6 +133,12 @@ def _check_values(config: Any) -> None:
     ):
         if not low <= value < high:
             raise ValueError(f"{key} is {value}; expected a number in [{low}, {high})")
+    if config.profile_steps:
+        _check_profile(config.profile_steps)
+    if config.get("network"):
+        raise ValueError(
+            f"network={config.network!r} is evaluated, by eval.py, and not trained; leave it empty"
+        )
     if config.data.resize == "none" and config.data.image_size:
         raise ValueError(
             f"data.image_size={config.data.image_size} without data.resize does nothing; set "
@@ -135,6 +148,15 @@ def _check_values(config: Any) -> None:
         raise ValueError(
             f"data.mean={config.data.mean} and data.std={config.data.std}; expected three numbers "
             "each, in [0, 1], std above 0"
+        )
+
+
+def _check_profile(steps: Any) -> None:
+    is_range = len(steps) == 2 and all(isinstance(step, int) for step in steps)
+    if not is_range or not 1 <= steps[0] <= steps[1]:
+        raise ValueError(
+            f"profile_steps is {tuple(steps)}; expected the first step and the last one, such as "
+            "(10, 12)"
         )
 
 
@@ -192,13 +214,16 @@ def _check_losses(
             f"losses.{softmax[0]} is a softmax over classes, of which an image has one, and "
             "data.labels is attributes; set its name to binary_cross_entropy"
         )
-    if all(term == CrossEntropy(weight=term.weight) for term in recipe.losses.values()):
+    plain = all(term == CrossEntropy(weight=term.weight) for term in recipe.losses.values())
+    if plain and not recipe.remat:
         return
 
     # Only a set with boxes is read, for how many there are.
     example = extra_inputs(source[0]) if data.patches else {}
     inputs = {k: jax.ShapeDtypeStruct((shape[0], *v.shape), v.dtype) for k, v in example.items()}
-    loss = functools.partial(total_loss, recipe.losses, model, label_smoothing=0.0)
+    loss = functools.partial(
+        total_loss, recipe.losses, model, label_smoothing=0.0, remat=recipe.remat
+    )
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     targets = jax.ShapeDtypeStruct((shape[0], len(source.class_names)), jnp.float32)
     jax.eval_shape(loss, variables, images, targets, inputs=inputs, key=jax.random.key(0))
@@ -213,6 +238,7 @@ def _recipe(config: Any) -> Recipe:
         losses=create_terms(config.losses.to_dict()),
         ema_decay=config.ema_decay,
         crop_size=config.data.crop_size or None,
+        remat=tuple(config.remat),
         **config.augment.to_dict(),
     )
 

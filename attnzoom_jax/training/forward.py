@@ -11,6 +11,7 @@ from attnzoom_jax.attribution import read_taps
 from attnzoom_jax.attribution.program import Known
 from attnzoom_jax.models import bind
 from attnzoom_jax.models.insert import train_argument
+from attnzoom_jax.models.remat import rematerialized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ def run_forward(
     reads: Sequence[str],
     label_smoothing: float,
     key: jax.Array,
+    remat: Sequence[str] = (),
 ) -> tuple[Forward, Any]:
     """Run a model in training mode, and read taps of it.
 
@@ -68,20 +70,27 @@ def run_forward(
         reads: names of taps; with none the model is just called.
         label_smoothing: in [0, 1).
         key: of dropout.
+        remat: paths of modules that the backward pass computes again; with no taps alone.
 
     Returns:
         The pass, and the new `batch_stats`.
 
     Raises:
-        ValueError: unknown tap, with near matches.
+        ValueError: unknown tap or path, with near matches; `remat` beside taps.
     """
     train: Any = train_argument(model, True)
     call: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key}, **train, **(inputs or {})}
     taps: dict[str, jax.Array] = {}
+    if reads and remat:
+        raise ValueError(
+            f"remat={tuple(remat)} beside losses that read taps ({', '.join(reads)}): what is read "
+            "in a forward pass is kept of it; take one of the two"
+        )
     if reads:
         (logits, updates), taps = read_taps(bind(model, variables, **call), images, reads)
     else:
-        logits, updates = model.apply(variables, images, **call)
+        with rematerialized(model, remat):
+            logits, updates = model.apply(variables, images, **call)
 
     def fn(images: jax.Array) -> jax.Array:
         return bind(model, jax.lax.stop_gradient(variables), **call)(images)[0]

@@ -9,9 +9,14 @@ from typing import Any
 import jax
 
 from attnzoom_jax.training.checkpoint import Checkpoints
+from attnzoom_jax.training.memory import memory_use
 from attnzoom_jax.training.progress import Progress, format_duration
 from attnzoom_jax.training.step import NO_STEP, add_metrics
 from attnzoom_jax.training.writer import MetricWriter
+
+# Of the values in a line, those that another run of the same config does not repeat.
+MEASURED = ("images_per_second", "data_wait", "mfu", "memory_bytes", "memory_peak_bytes")
+SAID_WAIT = 0.1  # share of the time spent waiting for data from which on the line says so
 
 
 class TrainingLog:
@@ -62,8 +67,16 @@ class TrainingLog:
         values["learning_rate"] = float(learning_rate)
         speed = self.progress.measure(step)
         if speed:
-            values["images_per_second"] = speed[0]
-            line += f"  {speed[0]:.0f} images/s  ETA {format_duration(speed[1])}"
+            values["images_per_second"] = speed.images_per_second
+            values["data_wait"] = speed.data_wait
+            line += f"  {speed.images_per_second:.0f} images/s"
+            if speed.data_wait >= SAID_WAIT:
+                line += f" ({speed.data_wait:.0%} waiting for data)"
+            if speed.mfu is not None:
+                values["mfu"] = speed.mfu
+                line += f"  MFU {speed.mfu:.1%}"
+            line += f"  ETA {format_duration(speed.remaining_s)}"
+        values.update(memory_use())
         self.writer.write(step, values)
         self.progress.say(step, line)
 

@@ -11,11 +11,11 @@
 | sparsity             | mean of a mask                                                            |
 
 Taps are read in the forward pass that is trained: they have a gradient, and cost nothing, but that
-nn.remat around a tap is undone.
+nn.remat around a tap is undone. So `config.remat` does not go with terms that read taps.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -85,6 +85,7 @@ def total_loss(
     inputs: Mapping[str, jax.Array] | None = None,
     label_smoothing: float,
     key: jax.Array,
+    remat: Sequence[str] = (),
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array, Any]]:
     """The loss of a batch, from one forward pass in training mode.
 
@@ -97,13 +98,15 @@ def total_loss(
         inputs: what else the model is called with, see `data.patches.extra_inputs`.
         label_smoothing: in [0, 1).
         key: of dropout, and of methods that draw.
+        remat: as of `run_forward`.
 
     Returns:
         The weighted sum of the terms; and {name: mean of the term over the batch, unweighted}, the
         logits [n, k], the new `batch_stats`.
 
     Raises:
-        ValueError: unknown tap, with near matches, or a tap of another shape than a term needs.
+        ValueError: unknown tap or path, with near matches, a tap of another shape than a term
+            needs, `remat` beside taps.
     """
     reads = list(dict.fromkeys(tap for term in terms.values() for tap in term.reads))
     forward, batch_stats = run_forward(
@@ -115,6 +118,7 @@ def total_loss(
         reads=reads,
         label_smoothing=label_smoothing,
         key=key,
+        remat=remat,
     )
     means = {name: term(forward).mean() for name, term in terms.items()}
     weighted = (term.weight * means[name] for name, term in terms.items())

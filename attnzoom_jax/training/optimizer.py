@@ -14,7 +14,6 @@ Loshchilov and Hutter 2019, arXiv 1711.05101):
 """
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax
 import ml_collections
 import optax
 
+from attnzoom_jax.training.paths import matching, path_of
 from attnzoom_jax.training.schedule import (
     create_plateau,
     read_learning_rate,
@@ -80,7 +80,7 @@ def create_optimizer(
         {name: (*_EVERY_OPTIMIZER, *keys) for name, keys in _OPTIMIZERS.items()},
     )
     del settings["learning_rate"]
-    paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
     factors = _multipliers(settings.pop("learning_rate_multipliers", ()), paths)
 
     parts = []
@@ -115,7 +115,7 @@ def _direction(
     pattern = settings.pop("weight_decay_mask", r".*kernel$")
     decay = []
     if weight_decay:
-        decayed = _matching(pattern, paths, "optimizer.weight_decay_mask")
+        decayed = matching(pattern, paths, "optimizer.weight_decay_mask")
         decay.append(optax.add_decayed_weights(weight_decay, _by_path(decayed.__contains__)))
     if name == "sgd":
         momentum = _not_negative(settings, "momentum", 0.0)
@@ -130,28 +130,9 @@ def _direction(
     return [*decay, moments] if name == "adam" else [moments, *decay]
 
 
-def _path(keys: Any) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
 def _by_path(value: Callable[[str], Any]) -> Callable[[Any], Any]:
     """A function of a parameter tree: the tree of `value(path)`."""
-    return lambda tree: jax.tree_util.tree_map_with_path(lambda keys, _: value(_path(keys)), tree)
-
-
-def _matching(pattern: str, paths: list[str], key: str) -> set[str]:
-    """The paths that a pattern matches as a whole; at least one."""
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from error
-    matched = {path for path in paths if regex.fullmatch(path)}
-    if not matched:
-        raise ValueError(
-            f"{key}: {pattern!r} matches no parameter; expected it to match a whole path such as "
-            f"{', '.join(paths[:5])}; put .* where the rest may be anything"
-        )
-    return matched
+    return lambda tree: jax.tree_util.tree_map_with_path(lambda keys, _: value(path_of(keys)), tree)
 
 
 def _multipliers(pairs: Any, paths: list[str]) -> dict[str, float]:
@@ -163,7 +144,7 @@ def _multipliers(pairs: Any, paths: list[str]) -> dict[str, float]:
     for pattern, factor in pairs:
         if not (factor >= 0 and math.isfinite(factor)):
             raise ValueError(f"{key}: the factor of {pattern!r} is {factor}; expected 0 or more")
-        fresh = _matching(pattern, paths, key) - factors.keys()
+        fresh = matching(pattern, paths, key) - factors.keys()
         if not fresh:
             raise ValueError(
                 f"{key}: earlier patterns take every parameter that {pattern!r} matches; "
@@ -182,6 +163,6 @@ def _multipliers(pairs: Any, paths: list[str]) -> dict[str, float]:
 def _scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
     return optax.stateless(
         lambda updates, _: jax.tree_util.tree_map_with_path(
-            lambda keys, update: update * factors[_path(keys)], updates
+            lambda keys, update: update * factors[path_of(keys)], updates
         )
     )

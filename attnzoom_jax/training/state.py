@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from attnzoom_jax.models.insert import train_argument
-from attnzoom_jax.training.sharding import replicated
+from attnzoom_jax.training.sharding import Rules, replicated, split_by_rules
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -63,8 +63,9 @@ def create_state(
     mesh: Mesh,
     use_ema: bool = False,
     pretrained: Any = None,
+    rules: Rules = (),
 ) -> TrainState:
-    """The state at step 0, replicated over a mesh.
+    """The state at step 0, on the devices of a mesh.
 
     Args:
         model: a linen classifier of images.
@@ -74,9 +75,13 @@ def create_state(
         mesh: where the state lives.
         use_ema: whether to keep averaged parameters.
         pretrained: variables to begin with; None for new ones.
+        rules: `config.sharding`, see `split_by_rules`; without, all is whole on every device.
 
     Returns:
         The state.
+
+    Raises:
+        ValueError: rules that do not fit, see `split_by_rules`.
     """
 
     def create(variables: Any) -> TrainState:
@@ -91,4 +96,8 @@ def create_state(
             ema_params=jax.tree.map(jnp.copy, variables["params"]) if use_ema else None,
         )
 
-    return jax.jit(create, out_shardings=replicated(mesh))(pretrained)
+    place: Any = replicated(mesh)
+    if rules:
+        shapes = jax.eval_shape(create, pretrained)
+        place = split_by_rules(shapes, params=shapes.params, rules=rules, mesh=mesh)
+    return jax.jit(create, out_shardings=place)(pretrained)

@@ -40,6 +40,7 @@ class Recipe:
         label_smoothing: in [0, 1).
         losses: {name: term of the loss}.
         ema_decay: of the averaged parameters; 0 = off.
+        remat: paths of modules that the backward pass computes again, see models/remat.py.
     """
 
     seed: int
@@ -56,6 +57,7 @@ class Recipe:
         default_factory=lambda: {"cross_entropy": CrossEntropy()}
     )
     ema_decay: float = 0.0
+    remat: tuple[str, ...] = ()
 
 
 def make_train_step(
@@ -94,6 +96,7 @@ def make_train_step(
                 inputs=extra_inputs(batch),
                 label_smoothing=recipe.label_smoothing,
                 key=dropout_key,
+                remat=recipe.remat,
             )
 
         grads, (loss, parts, logits, batch_stats) = _with_value(loss_fn, state.params)
@@ -128,30 +131,38 @@ def make_train_step(
     return train_step
 
 
-def jit_train_step(train_step: Any, mesh: Mesh) -> Any:
-    """Compile a train step for batches that are split over a mesh; the state is donated."""
+def jit_train_step(train_step: Any, mesh: Mesh, *, place: Any = None) -> Any:
+    """Compile a train step for batches that are split over a mesh; the state is donated.
+
+    `place` is the sharding of the state, one or a tree of them; None: whole on every device.
+    """
     everywhere = replicated(mesh)
+    place = everywhere if place is None else place
     return jax.jit(
         train_step,
-        in_shardings=(everywhere, split_by_example(mesh)),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(place, split_by_example(mesh)),
+        out_shardings=(place, everywhere),
         donate_argnums=0,
     )
 
 
-def jit_steps_on_device(train_step: Any, mesh: Mesh, *, losses: Iterable[str] = ()) -> Any:
+def jit_steps_on_device(
+    train_step: Any, mesh: Mesh, *, losses: Iterable[str] = (), place: Any = None
+) -> Any:
     """Compile several train steps in one call, on a split that lies on the devices.
 
     Args:
         train_step: as `make_train_step` returns it.
         mesh: the split is replicated over it, each batch is split over it.
         losses: names of the terms of the loss.
+        place: as `jit_train_step` takes it.
 
     Returns:
         A function (state, split, indices int32 [s, b], count) -> (state, metrics) that does the
         first `count` <= s steps; one compilation serves every count. The state is donated.
     """
     everywhere, by_example = replicated(mesh), split_by_example(mesh)
+    place = everywhere if place is None else place
 
     def run(state: TrainState, split: Any, indices: jax.Array, count: jax.Array) -> Any:
         def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
@@ -166,8 +177,8 @@ def jit_steps_on_device(train_step: Any, mesh: Mesh, *, losses: Iterable[str] = 
 
     return jax.jit(
         run,
-        in_shardings=(everywhere, everywhere, everywhere, None),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(place, everywhere, everywhere, None),
+        out_shardings=(place, everywhere),
         donate_argnums=0,
     )
 

@@ -3,28 +3,35 @@
 config.json  overrides.json  run.json  metrics.jsonl  tensorboard/  checkpoints/  eval.json
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 
+from attnzoom_jax.training.lock import Lock
+
 # What may differ between a run and its continuation, because no number of the training depends on
 # it; so may the evaluations that do not run while training.
-FREE_KEYS = ("platform", "log_every_steps", "compile_cache", "data.dir", "data.num_threads")
+FREE_KEYS = (
+    *("platform", "mesh.data", "mesh.model", "sharding"),
+    *("log_every_steps", "compile_cache", "data.dir", "data.num_threads"),
+    *("remat", "profile_steps"),
+)
 # Folders of the machine at hand, of no use to others: result files are without them.
 MACHINE_KEYS = ("compile_cache", "data.dir")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "attnzoom-jax")
 
 
 class Workdir:
-    """A run's folder.
+    """A run's folder; `with Workdir(path) as folder:` gives it back to others at the end.
 
     Args:
         path: of the folder; need not exist yet.
@@ -32,49 +39,91 @@ class Workdir:
 
     def __init__(self, path: str | pathlib.Path) -> None:
         self.path = pathlib.Path(path)
+        self._lock = Lock(self.path / "lock")
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
 
     @property
     def checkpoints(self) -> pathlib.Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def claim(self, config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
+    def claim(
+        self,
+        config: ml_collections.ConfigDict,
+        overrides: Mapping[str, Any],
+        *,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
         """Make the folder that of this config: write it down, or check that it is the same.
 
         A folder without a checkpoint holds nothing that could be lost: the new config replaces
         that of the run which stopped so early, perhaps because its config was wrong. Keys on which
-        the training does not depend may change at any time.
+        the training does not depend may change at any time. No other run can claim the folder
+        until this process ends, or the `with` does.
 
         Args:
             config: of the run.
             overrides: {key: value} given on the command line.
+            data: fingerprint of the data set, which run.json holds as `data`; None to take any.
 
         Raises:
-            ValueError: the folder holds a run of another config (the differences are listed), or
-                cannot be written.
+            ValueError: the folder holds a run of another config or data set (the differences are
+                listed), is in use, or cannot be written.
         """
         ours = to_plain(config)
+        is_same = False
         if (self.path / "config.json").exists() and self.has_checkpoint():
             theirs = self.read("config.json")
             watched = tuple(f"evals.{name}." for name in ours.get("train_evals", ()))
             changed = differences(theirs, ours)
-            if not changed:
-                return
+            is_same = not changed
             lines = [line for line in changed if not _is_free(line.split()[1], watched=watched)]
-            if lines:
-                raise ValueError(
-                    f"{self.path} holds a run of another config (- there, + given):\n  "
-                    + "\n  ".join(lines)
-                    + "\nname another --workdir, or delete this one"
-                )
-        try:
+            self._refuse("config", lines)
+            began_with = self.run_info().get("data")  # runs of earlier versions have none
+            if data is not None and began_with is not None:
+                self._refuse("data set", differences(began_with, data))
+        with self._creating():
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write("overrides.json", to_plain(overrides))
-            self.write("config.json", ours)
+            if jax.process_index() == 0:
+                self._lock.take()
+            if not is_same:
+                self.write("overrides.json", to_plain(overrides))
+                self.write("config.json", ours)
+
+    def create(self) -> None:
+        """Make the folder, unless it is there.
+
+        Raises:
+            ValueError: it cannot be made.
+        """
+        with self._creating():
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def _creating(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ValueError(
                 f"cannot write into --workdir={self.path}: {error.strerror}"
             ) from error
+
+    def _refuse(self, what: str, lines: list[str]) -> None:
+        if lines:
+            raise ValueError(
+                f"{self.path} holds a run of another {what} (- there, + given):\n  "
+                + "\n  ".join(lines)
+                + "\nname another --workdir, or delete this one"
+            )
+
+    def has_run(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "config.json").exists()
 
     def has_checkpoint(self) -> bool:
         """Whether a run has come as far as its first checkpoint here."""
@@ -86,7 +135,7 @@ class Workdir:
         Raises:
             ValueError: there is no run.
         """
-        if not (self.path / "config.json").exists():
+        if not self.has_run():
             raise ValueError(f"--workdir={self.path} holds no run (no config.json); train first")
         return ml_collections.ConfigDict(_to_tuples(self.read("config.json"))).lock()
 
@@ -100,13 +149,21 @@ class Workdir:
         return self.read("overrides.json") if path.exists() else {}
 
     def write(self, name: str, content: Any) -> pathlib.Path:
-        """Write a JSON file, whole or not at all; of several processes the first one writes."""
+        """Write a JSON file, whole or not at all; of several processes the first one writes.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
         path = self.path / name
         if jax.process_index() != 0:
             return path
         unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
-        unfinished.replace(path)
+        text = json.dumps(content, indent=2) + "\n"
+        try:
+            unfinished.write_text(text)
+            unfinished.replace(path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
         return path
 
     def read(self, name: str) -> Any:

@@ -1,11 +1,20 @@
 """Metrics of a run, to metrics.jsonl and to TensorBoard."""
 
+import contextlib
 import json
+import os
 import pathlib
+import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (  # made by protobuf when it is imported
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 
 class MetricWriter:
@@ -19,24 +28,42 @@ class MetricWriter:
     def __init__(self, folder: pathlib.Path, *, start_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         self._writes = jax.process_index() == 0
-        if self._writes:
-            _keep_until(self._path, start_step)
-            logdir = str(folder / "tensorboard")
-            self._tensorboard = SummaryWriter(logdir, purge_step=start_step + 1)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
         if not self._writes:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        _keep_until(self._path, start_step)
+        logdir = folder / "tensorboard"
+        logdir.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread, which writes, ends without a word when the disk is full,
+        # and then whoever has something to write waits for ever.
+        self._events = EventsWriter(str(logdir / "events"), f".{os.getpid()}")
+        start: Any = SessionLog.START
+        self._event(start_step + 1, session_log=SessionLog(status=start))  # hides later steps
+        self._events.flush()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one step; an OSError if they cannot be written."""
+        if not self._writes:
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            for name, value in metrics.items():
+                self._event(step, summary=summary.scalar(name, value))
+            self._events.flush()
+        except OSError as error:
+            raise OSError(
+                f"the metrics of step {step} cannot be written into {self._path.parent} "
+                f"({error.strerror})"
+            ) from error
 
     def close(self) -> None:
-        """Flush and close TensorBoard's file."""
+        """Close TensorBoard's file."""
         if self._writes:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # what was not written was told of when it was not
+                self._events.close()
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:

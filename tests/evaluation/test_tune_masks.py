@@ -15,6 +15,8 @@ from attnzoom_jax.ops.masks import check_transforms
 from attnzoom_jax.training.sharding import create_mesh
 from configs import multi_channel
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = {"power": {"exponent": (0.2, 6.0)}, "saturation": {"threshold": (0.45,)}}
 
 

@@ -18,6 +18,9 @@ import pytest
 from attnzoom_jax.training import sharding
 from configs import attention_zoom, demo
 
+# XLA counts FLOPs and bytes before LLVM sees a program.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SPEC = importlib.util.spec_from_file_location("cost", ROOT / "tools" / "cost.py")
 assert SPEC is not None and SPEC.loader is not None
@@ -220,8 +223,8 @@ def test_the_compiled_steps_run(monkeypatch):
         assert row["rounds"] == 2 and 0 < row["step_s_fastest"] <= row["step_s"] < 10
     # They train: the state that is timed with gives a finite loss.
     mesh = sharding.create_mesh(cost.jax.devices()[:1])
-    batch = cost._batch(parts["zoom"], 8)
-    state = cost._state_shapes(parts["zoom"], mesh)
+    batch = cost.noise_batch(parts["zoom"], 8)
+    state = cost.state_shapes(parts["zoom"], mesh)
     _, step = cost._compile(parts["zoom"], state, batch, mesh)
     _, metrics = step(cost._noise(state), sharding.to_global(batch, mesh))
     assert 0 < float(metrics["loss"]) < 100 and int(metrics["steps"]) == 1
@@ -294,14 +297,14 @@ def test_images_of_several_sizes_need_a_size(offline):
     cropped = config(**settings, **{"data.resize": "crop", "data.image_size": 24})
     parts = cost.create_parts(cropped, cost.find_source(cropped), 2)
     assert parts["base"].image_shape == (24, 24, 3)
-    assert cost._batch(parts["base"], 2)["image"].shape == (2, 24, 24, 3)
+    assert cost.noise_batch(parts["base"], 2)["image"].shape == (2, 24, 24, 3)
 
 
 def test_a_crop_is_cut_from_the_larger_image():
     settings = config(**{"data.crop_size": 12})
     parts = create_parts(settings)["base"]
     assert parts.image_shape == (12, 12, 3)
-    assert cost._batch(parts, 3)["image"].shape == (3, 16, 16, 3)
+    assert cost.noise_batch(parts, 3)["image"].shape == (3, 16, 16, 3)
 
 
 def test_a_patch_costs_what_its_image_costs():

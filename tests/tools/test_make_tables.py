@@ -95,3 +95,123 @@ def test_a_metric_that_a_run_does_not_have_is_blank(tmp_path):
     text = make_tables.write_tables("<!-- table s a b -->\n<!-- end -->", tmp_path)
     assert "| base | 1 | 0.5000 |  |  | 1.0 |" in text
     assert "| masks | 1 | 0.7500 | +0.2500 | 0.2500 | 1.0 |" in text
+
+
+def scores(**metrics):
+    return {name: {"value": v, "low": v - 0.1, "high": v + 0.1} for name, v in metrics.items()}
+
+
+ATTRIBUTION = {
+    "name": "attribution",
+    "metrics": {
+        "pointing": {"label": "pointing", "better": "higher", "unit": "%"},
+        "deletion": {"label": "deletion", "better": "lower", "unit": ""},
+    },
+    "rows": [
+        {"row": "center", "scores": scores(pointing=0.5)},
+        {"row": "cam@stage4", "scores": scores(pointing=0.75, deletion=0.25)},
+    ],
+    "counts": {"images": 200, "cues": 312},
+    "problems": {"no_annotation": {"count": 2, "first": ["/here/only/it/a.jpg: no /here/a.xml"]}},
+}
+NEVER_TRAINED = {
+    "metrics": {"test/top1": 0.9},
+    "seed": 0,
+    "step": None,
+    "commit": "0123456789abcdef+",
+    "versions": {"jax": "0.0"},
+    "device_count": 1,
+    "device_kind": "cpu",
+    "config": {
+        "network": "/here/net.py:squeezenet",
+        "pretrained": "../here/too/w.npz",
+        "data": {"name": "voc_folder", "dir": "/here/voc", "classes": "~/here/names.txt"},
+        "evals": {"attribution": {"hard": ["/here/only/it/hard.txt"], "side": 224}},
+    },
+    "overrides": {"data.dir": "/here/voc", "pretrained": "/here/w.npz", "evals.a.images": 200},
+}
+START = "<!-- table {} {} -->\n<!-- end -->"
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """What eval.py leaves behind of a network that was never trained here."""
+    folder = tmp_path / "scored"
+    (folder / "tables" / "attribution").mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps(NEVER_TRAINED))
+    (folder / "tables" / "attribution" / "table.json").write_text(json.dumps(ATTRIBUTION))
+    return folder
+
+
+def test_a_table_of_scores_has_its_counts_and_where_it_comes_from(scored, tmp_path):
+    make_tables.record(scored, "it", root=tmp_path)
+    filled = make_tables.write_tables(START.format("it", "deletion pointing"), root=tmp_path)
+    assert filled.splitlines()[2:-2] == [
+        "| | deletion ↓ | pointing, % ↑ |",
+        "|---|---:|---:|",
+        "| center |  | 50.0 [40.0, 60.0] |",
+        "| cam@stage4 | 0.250 [0.150, 0.350] | **75.0** [65.0, 85.0] |",
+        "",
+        "In brackets: intervals by bootstrap over the images; bold: the best of each column. "
+        "200 images, 312 cues, 2 no annotation; "
+        "overrides: `--config.pretrained=w.npz --config.evals.a.images=200`; "
+        "seed, checkpoint: 0, not trained here; device: 1 x cpu, JAX 0.0; commit: 0123456789ab+.",
+    ]
+    assert make_tables.write_tables(filled, root=tmp_path) == filled
+    named = make_tables.write_tables(START.format("it/attribution", "pointing"), root=tmp_path)
+    assert "| cam@stage4 | **75.0** [65.0, 85.0] |" in named
+
+
+def test_files_keep_their_names_and_lose_the_folders_of_this_machine(scored, tmp_path):
+    evaluation = {**NEVER_TRAINED, "overrides": {"evals.a.map": f"{tmp_path}/configs/m.json"}}
+    (scored / "eval.json").write_text(json.dumps(evaluation))
+    content = make_tables.record(scored, "it", root=tmp_path).read_text()
+    assert "here" not in content.replace("not trained here", "") and "~" not in content
+    result = json.loads(content)
+    config = result["eval"]["config"]
+    assert config["network"] == "net.py:squeezenet" and config["pretrained"] == "w.npz"
+    assert config["data"] == {"name": "voc_folder", "classes": "names.txt"}
+    assert config["evals"] == {"attribution": {"hard": ["hard.txt"], "side": 224}}
+    assert result["eval"]["overrides"] == {"evals.a.map": "configs/m.json"}  # of the repository
+    table = result["tables"]["attribution"]
+    assert table["problems"]["no_annotation"]["first"] == ["a.jpg: no a.xml"]
+    assert {**table, "problems": 0} == {**ATTRIBUTION, "problems": 0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["test/top1", "insertion / deletion", "configs/networks/a.py:b", "gs://a/b", "1/255", "/"],
+)
+def test_what_is_no_folder_of_a_machine_stays(text):
+    assert make_tables.FOLDERS.sub("", text) == text
+
+
+def test_several_tables_and_those_of_a_trained_run_are_named(workdir, scored, tmp_path):
+    (scored / "tables" / "attribution").rename(workdir / "tables")
+    for name in ("boxes", "parts"):
+        (workdir / "tables" / name).mkdir()
+        (workdir / "tables" / name / "table.json").write_text(json.dumps(ATTRIBUTION))
+    evaluation = json.loads((workdir / "eval.json").read_text())
+    (workdir / "eval.json").write_text(json.dumps({**RUN, **evaluation}))
+    make_tables.record(workdir, "run", root=tmp_path)
+    filled = make_tables.write_tables(START.format("run", "test/top1"), root=tmp_path)
+    assert "| test/top1 | 0.9 |" in filled and "0.800 (20)" in filled
+    filled = make_tables.write_tables(START.format("run/parts", "pointing"), root=tmp_path)
+    assert "| cam@stage4 | **75.0** [65.0, 85.0] |" in filled and "checkpoint: 3, step 20" in filled
+    with pytest.raises(ValueError, match="unknown table of the result 'part'; did you mean"):
+        make_tables.write_tables(START.format("run/part", "pointing"), root=tmp_path)
+    with pytest.raises(ValueError, match="unknown metric of the table 'point'"):
+        make_tables.write_tables(START.format("run/parts", "point"), root=tmp_path)
+    (workdir / "run.json").unlink()
+    make_tables.record(workdir, "it", root=tmp_path)
+    with pytest.raises(ValueError, match=r"unknown table of the result ''.*boxes, parts"):
+        make_tables.write_tables(START.format("it", "pointing"), root=tmp_path)
+
+
+def test_the_metrics_of_a_network_that_was_never_trained_here(scored, tmp_path):
+    (scored / "tables" / "attribution" / "table.json").unlink()
+    make_tables.record(scored, "it", root=tmp_path)
+    lines = make_tables.write_tables(START.format("it", "test/top1"), root=tmp_path).splitlines()
+    assert lines[4:6] == ["| test/top1 | 0.9 |", lines[5]] and "w.npz" in lines[5]
+    assert "| seed, checkpoint | 0, not trained here |" in lines
+    assert not [line for line in lines if "training time" in line or "validation" in line]

@@ -1,4 +1,6 @@
 import math
+import shutil
+import subprocess
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from attnzoom_jax.training import sharding
-from attnzoom_jax.training.checkpoint import Checkpoints, check_same_tree
+from attnzoom_jax.training import checksum, sharding
+from attnzoom_jax.training.checkpoint import LATE_FILES, Checkpoints, check_same_tree
 from attnzoom_jax.training.state import create_state, init_variables
 
 
@@ -191,3 +193,88 @@ def test_a_damaged_checkpoint_is_named_with_the_others(tmp_path, damage):
         checkpoints.restore(2, like=create(), mesh=mesh_of(1))
     assert int(checkpoints.restore(1, like=create(), mesh=mesh_of(1)).step) == 1
     checkpoints.close()
+
+
+def flip_bits(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_that_is_read_is_found(tmp_path):
+    save(tmp_path, {1: 0.1, 2: 0.2}).close()
+    newest = tmp_path / "2"
+    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
+    watched = [path for path in files if path.relative_to(newest).as_posix() not in LATE_FILES]
+    assert len(watched) >= 8
+    for file in watched:
+        before = file.read_bytes()
+        flip_bits(file)
+        with pytest.raises(ValueError, match=r"checkpoint 2 in .* cannot be read .* there is: 1"):
+            reader = Checkpoints(tmp_path, best_metric="m", read_only=True)
+            reader.restore(2, like=create(), mesh=mesh_of(1))
+        file.write_bytes(before)
+    # What is left out of the checksums changes nothing.
+    for file in set(files) - set(watched):
+        file.write_bytes(b"")
+    reader = Checkpoints(tmp_path, best_metric="m", read_only=True)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        reader.restore(2, like=create(), mesh=mesh_of(1)).params,
+        create().params,
+    )
+    assert reader.find("best") == 2
+    reader.close()
+
+
+def test_the_checksums_are_those_of_coreutils(tmp_path):
+    save(tmp_path, {1: 0.1}).close()
+    command = ["sha256sum", "--check", "--quiet", checksum.NAME]
+    assert subprocess.run(command, cwd=tmp_path / "1", capture_output=True).returncode == 0
+    flip_bits(next(tmp_path.rglob("manifest.ocdbt")))
+    assert subprocess.run(command, cwd=tmp_path / "1", capture_output=True).returncode == 1
+
+
+def test_a_checkpoint_without_checksums_is_taken_as_it_is(tmp_path):
+    save(tmp_path, {1: 0.1}).close()
+    (tmp_path / "1" / checksum.NAME).unlink()
+    checkpoints = Checkpoints(tmp_path, best_metric="m")
+    assert int(checkpoints.restore(1, like=create(), mesh=mesh_of(1)).step) == 1
+    checkpoints.close()
+
+
+def test_a_line_of_the_log_comes_back_as_it_was(tmp_path):
+    line = {"loss": jnp.float32(0.1), "steps": jnp.int32(3), "bad_step": jnp.int32(2**31 - 1)}
+    checkpoints = Checkpoints(tmp_path)
+    for step, of in ((1, line), (2, None), (3, line)):
+        checkpoints.save(step, create(), line=of)
+    checkpoints.wait()
+    assert checkpoints.line(2) is None and checkpoints.line(9) is None
+    back = checkpoints.line(3)
+    assert back is not None and back.keys() == line.keys()
+    for name, value in line.items():
+        assert back[name] == value and back[name].dtype == value.dtype
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    checkpoints = save(tmp_path / "run", {1: 0.1})
+    with monkeypatch.context() as few:
+        few.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000))
+        with pytest.raises(ValueError, match=r"written into .* \(No space .*; the last .* step 1,"):
+            checkpoints.save(2, create())
+    state = create().replace(step=jnp.int32(3))
+
+    def fail():
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(checksum, "write_sums", lambda *args, **options: fail())
+    checkpoints.save(3, state, {"m": 0.2})
+    with pytest.raises(ValueError, match=r"written into .* \(Input/output error\); the last one"):
+        checkpoints.close()
+    monkeypatch.undo()
+    again = Checkpoints(tmp_path / "run", best_metric="m")
+    assert again.steps() == [1]
+    again.save(3, state, {"m": 0.2})
+    again.close()
+    assert (tmp_path / "run" / "3" / checksum.NAME).exists()

@@ -143,3 +143,27 @@ def test_provenance_says_which_code_ran_where(root):
     assert info["versions"]["jax"] == jax.__version__ and all(info["versions"].values())
     assert (info["platform"], info["device_count"], info["process_count"]) == ("cpu", 4, 1)
     json.dumps(info)
+
+
+def test_a_run_goes_on_with_the_data_set_that_it_began_with(tmp_path):
+    began = {"name": "a/1.0.0", "examples": {"train": 3}, "sha256": "x"}
+    folder = with_checkpoint(claimed(tmp_path))
+    folder.claim(config(), {}, data=began)  # of an earlier version: nothing is written down
+    folder.write("run.json", {"data": began})
+    folder.claim(config(), {}, data=dict(began))
+    folder.claim(config(), {})
+    with pytest.raises(ValueError) as error:
+        folder.claim(config(), {}, data={**began, "examples": {"train": 4}})
+    assert str(error.value).splitlines() == [
+        f"{tmp_path} holds a run of another data set (- there, + given):",
+        "  - examples.train = 3",
+        "  + examples.train = 4",
+        "name another --workdir, or delete this one",
+    ]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    folder = Workdir(tmp_path)
+    (tmp_path / "run.json.tmp").mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*run\.json: Is a directory"):
+        folder.write("run.json", {})

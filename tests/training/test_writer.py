@@ -1,6 +1,8 @@
 import json
+import struct
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from attnzoom_jax.training.writer import MetricWriter, read_metrics
 
@@ -46,4 +48,34 @@ def test_every_line_is_on_disk_at_once(tmp_path):
     writer = MetricWriter(tmp_path, start_step=0)
     writer.write(1, {"a": 1.5})
     assert read_metrics(tmp_path) == [{"step": 1, "a": 1.5}]
+    writer.close()
+
+
+def read_events(content):
+    """Of a TFRecord file: length, its checksum, the event, its checksum."""
+    events = []
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        events.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    return events
+
+
+def test_tensorboard_has_each_number_at_once_and_none_after_the_checkpoint(tmp_path):
+    writer = MetricWriter(tmp_path, start_step=0)
+    writer.write(2, {"train/loss": 0.5})
+    (file,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"train/loss" in file.read_bytes()
+    events = read_events(file.read_bytes())
+    writer.close()
+    assert [event.step for event in events] == [0, 1, 2]
+    assert events[1].session_log.status == 1  # START: later steps of before are hidden
+    assert events[2].summary.value[0].simple_value == 0.5
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    writer = MetricWriter(tmp_path, start_step=0)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics of step 3 cannot be written .* \(Is a directory\)"):
+        writer.write(3, {"a": 1.0})
     writer.close()
