@@ -76,7 +76,12 @@ CASES = {
 def own_step(case: Case, batch: dict[str, np.ndarray], dtype: str) -> tuple[Any, Any, dict]:
     """A call without arguments that does a step and returns its loss; the weights; facts."""
     model = create_model(
-        case.model, num_classes=case.classes, stem=case.stem, width=case.width, dtype=dtype
+        case.model,
+        num_classes=case.classes,
+        stem=case.stem,
+        width=case.width,
+        zero_init_residual=True,  # else gradients at the start are so large that losses part
+        dtype=dtype,
     )
     mesh = sharding.create_mesh(jax.devices()[:1])
     optimizer = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)

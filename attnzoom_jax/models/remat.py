@@ -4,8 +4,9 @@
         logits = model.apply(variables, images, train=True, ...)
 
 A module named there keeps nothing of its inside for the backward pass, which computes it again from
-what the module was given: less memory for about a third more time. Values, gradients, random
-numbers and variables are those of the model as it is.
+what the module was given: less memory for about a third more time. While it does so it needs all of
+that one module: name several stages, or blocks, rather than one path that holds most. Values,
+gradients, random numbers and variables are those of the model as it is.
 
 The body of the module's call is put into `nn.remat`, inside of whatever looks at its output: a tap
 or an inserted layer at the path itself works as ever, inside of it `Insert` raises. XLA for CPUs

@@ -107,7 +107,7 @@ def note(tmp_path) -> Callable[..., None]:
     ATTNZOOM_RECORD_FAULTS=1 writes results/faults.json anew.
     """
 
-    def note(fault: str, said: str, *, code: int | None = 1) -> None:
+    def note(fault: str, said: str, *, code: int | str | None = 1) -> None:
         line = {"exit code": code, "said": _without_paths(said, tmp_path), "lost": "nothing"}
         lines = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         if os.environ.get("ATTNZOOM_RECORD_FAULTS"):

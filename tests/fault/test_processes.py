@@ -82,8 +82,13 @@ def test_one_of_two_dies(whole, tmp_path, note, dies):
     assert "resuming" in again.logs[0].read_text()
     assert differences(end_of(run), end_of(whole)) == []
     line = next(line for line in reversed(said.splitlines()) if line.startswith("error: "))
-    line = line.partition("(")[0] + "(...)" + line.partition(")")[2].rpartition(")")[2]
-    note(f"process {dies} of two dies: the other", line[7:], code=codes[1 - dies])
+    assert "start all of them again" in line
+    # Which of JAX's threads is the first to see it, and so the wording, is a matter of chance.
+    note(
+        f"process {dies} of two dies",
+        f"process {1 - dies} of 2: ... start all of them again ... from its last checkpoint",
+        code="not 0",
+    )
 
 
 def test_one_of_two_is_told_to_go(whole, tmp_path, note):
