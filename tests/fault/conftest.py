@@ -93,9 +93,12 @@ def disk(tmp_path) -> Iterator[pathlib.Path]:
 def record(note) -> Callable[..., None]:
     """Notes what a programme said when a fault befell it, and what was lost: nothing."""
 
-    def record(fault: str, ended: Programme, *, lost: list[str], said: str = "") -> None:
+    def record(
+        fault: str, ended: Programme, *, lost: list[str], said: str = "", again: str = "nothing"
+    ) -> None:
         assert lost == []
-        note(fault, said or ended.err.removeprefix("error: ").strip(), code=ended.code)
+        said = said or ended.err.removeprefix("error: ").strip()
+        note(fault, said, code=ended.code, lost=again)
 
     return record
 
@@ -107,8 +110,8 @@ def note(tmp_path) -> Callable[..., None]:
     ATTNZOOM_RECORD_FAULTS=1 writes results/faults.json anew.
     """
 
-    def note(fault: str, said: str, *, code: int | str | None = 1) -> None:
-        line = {"exit code": code, "said": _without_paths(said, tmp_path), "lost": "nothing"}
+    def note(fault: str, said: str, *, code: int | str | None = 1, lost: str = "nothing") -> None:
+        line = {"exit code": code, "said": _without_paths(said, tmp_path), "lost": lost}
         lines = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         if os.environ.get("ATTNZOOM_RECORD_FAULTS"):
             lines[fault] = line

@@ -116,7 +116,8 @@ def test_every_checkpoint_is_damaged(whole, half, record):
     assert ended.code == 1 and is_one_line(ended), ended.err
     assert before == {str(path): path.stat().st_mtime for path in half.folder.glob("checkpoints/*")}
     shutil.rmtree(half.folder / "checkpoints")  # begins anew
-    record("every checkpoint damaged", ended, lost=goes_on(half, whole))
+    again = "all steps, done again"
+    record("every checkpoint damaged", ended, lost=goes_on(half, whole), again=again)
 
 
 def test_two_runs_in_one_folder(whole, half, record):

@@ -20,8 +20,9 @@ def write_tables(text: str) -> str:
     faults = json.loads((ROOT / "results" / "faults.json").read_text())
     kills = json.loads((ROOT / "results" / "kills.json").read_text())
     for name, lines in (("faults", _faults(faults)), ("kills", _kills(kills))):
-        between = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text = between.sub(lambda match, lines=lines: match[1] + "\n".join(lines) + match[2], text)
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        filled = "\n" + "\n".join(lines) + "\n\n"
+        text = between.sub(lambda match, filled=filled: match[1] + filled + match[2], text)
     return text
 
 
