@@ -17,6 +17,7 @@ evaluation goes on where it was. Anything is a flag: --config.evals.table.split=
 `network` is `run`; mobilenet_v2, squeezenet or squeezenet_linear (configs/networks/imagenet.py); or
 a model with published weights: resnet50, vgg16. `data` is `run`; voc_folder or coco_folder, in
 their official layouts; voc, coco, tiny_imagenet, cub200 or imagenet_folder (ImageNet's own layout).
+With `methods=all` every method has a row, the slow ones with few samples (`SLOW`).
 With `view=short_side` images keep their aspect, the shorter side at the network's size.
 
 Hardware and time: two CPU cores, about 8 minutes for 10 rows of MobileNetV2 on 200 images.
@@ -27,6 +28,7 @@ Expected: docs/reproduce.md. `:tiny` runs in seconds:
 
 import ml_collections
 
+from attnzoom_jax.attribution.methods import METHODS, takes
 from configs import default
 from configs.networks import imagenet
 
@@ -49,17 +51,31 @@ DATA = {  # name, split, which outputs of an ImageNet network stand for a class
     "tiny_imagenet": ("tiny_imagenet", "validation", "names"),
     "cub200": ("cub200", "test", f"{MAPS}/cub_to_imagenet.json"),
 }
-CHOICES = {"network": NETWORKS, "data": DATA, "view": ("squash", "short_side")}
+SLOW = {  # passes of the network, of a few hundred or thousand in the papers
+    "integrated_gradients": {"steps": 8},
+    "rise": {"masks": 64},
+    "smooth_grad": {"samples": 8},
+}
+CHOICES = {
+    "network": NETWORKS,
+    "data": DATA,
+    "methods": ("usual", "all"),
+    "view": ("squash", "short_side"),
+}
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
-    choices = {"network": "run", "data": "run", "view": "squash"}
+    choices = {"network": "run", "data": "run", "methods": "usual", "view": "squash"}
     rest = default.choose(mode, choices, CHOICES)
     config = default.get_config()
     fine, coarse = NETWORKS[choices["network"]]
     name, split, outputs = DATA[choices["data"]]
     config.data.name = name
     config.evals = {"table": _table(fine, coarse, split, outputs)}
+    if choices["methods"] == "all":
+        at_image = [name for name in METHODS if not takes(name, "tap")]
+        at_tap = [f"{name}@{coarse}" if coarse else name for name in METHODS if takes(name, "tap")]
+        config.evals.table.update({"methods": (*at_tap, *at_image), "options": SLOW})
     config.train_evals, config.best_metric = (), ""
     if rest or choices["network"] == "run":
         return _of_run(config, rest)

@@ -336,7 +336,11 @@ class AttributionTable:
                 }
             )
         return {
-            "metrics": self.metrics,
+            "metrics": {
+                name: about
+                for name, about in self.metrics.items()
+                if any(name in row["scores"] for row in table_rows)
+            },
             "rows": table_rows,
             "counts": {
                 "images": self._count,

@@ -177,7 +177,7 @@ class Energy:
 
     metrics = {
         "energy": {"label": "energy inside", "better": "higher", "unit": "%"},
-        "rank_accuracy": {"label": "relevance rank accuracy", "better": "higher", "unit": "%"},
+        "rank_accuracy": {"label": "rank accuracy", "better": "higher", "unit": "%"},
     }
 
     def measure(self, view: View) -> Values:

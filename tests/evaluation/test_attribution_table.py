@@ -67,6 +67,7 @@ def test_rows_and_counts(table):
     } | {k: evaluator.table["counts"][k] for k in ("classes", "top1")}
     assert set(metrics) <= set(evaluator.metric_names)
     assert "test/uniform/pointing" not in metrics  # it has no point
+    assert "pointing_difficult" not in evaluator.table["metrics"]  # nothing is difficult here
     assert all(0 <= value <= 1 for value in metrics.values())
     for row in evaluator.table["rows"]:
         for score in row["scores"].values():
