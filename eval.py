@@ -45,7 +45,12 @@ def evaluate(
     own = Workdir(workdir).config() if config is None else config
     mesh = sharding.mesh_anywhere(own.get("mesh"))
     trained = load_model(
-        workdir, checkpoint=checkpoint, config=config, data_dir=data_dir, mesh=mesh
+        workdir,
+        checkpoint=checkpoint,
+        config=config,
+        overrides=overrides,
+        data_dir=data_dir,
+        mesh=mesh,
     )
     config, folder = trained.config, Workdir(workdir)
     evaluators = {

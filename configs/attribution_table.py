@@ -17,6 +17,7 @@ evaluation goes on where it was. Anything is a flag: --config.evals.table.split=
 `network` is `run`; mobilenet_v2, squeezenet or squeezenet_linear (configs/networks/imagenet.py); or
 a model with published weights: resnet50, vgg16. `data` is `run`; voc_folder or coco_folder, in
 their official layouts; voc, coco, tiny_imagenet, cub200 or imagenet_folder (ImageNet's own layout).
+Networks with 1000 outputs and no names, as resnet50, need --config.class_names=FILE for `names`.
 With `methods=all` every method has a row, the slow ones with few samples (`SLOW`).
 With `view=short_side` images keep their aspect, the shorter side at the network's size.
 

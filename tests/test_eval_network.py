@@ -21,7 +21,7 @@ from attnzoom_jax.evaluation.restore import load_model
 from attnzoom_jax.models import create_model
 from attnzoom_jax.training import sharding
 from attnzoom_jax.training.state import init_variables
-from configs import default
+from configs import attribution_table, default, demo
 from configs.networks import imagenet
 from tests.attribution import imported_networks
 
@@ -332,3 +332,26 @@ def test_an_imagenet_network_by_its_config(name, tmp_path, root, monkeypatch):
     assert len(found.class_names) == 1000 and found.class_names[0] == "tench, Tinca tinca"
     assert found.class_names[-1].startswith("toilet tissue")
     assert found.image_shape == (imagenet.INPUTS[name].size,) * 2 + (3,)
+
+
+def test_evaluations_alone_take_the_model_and_data_of_the_run(tmp_path):
+    """configs/attribution_table.py on a run, with a flag of the data section."""
+    run: Any = demo.get_config("tiny")
+    run.total_steps, run.train_evals, run.best_metric = 1, (), ""
+    train.train(run, str(tmp_path), devices=jax.devices()[:1])
+    config: Any = attribution_table.get_config()
+    config.evals.table.update({"methods": ("gradient",), "max_images": 4, "batch_size": 4})
+    config.data.num_threads = 1
+    config.data.image_size = 7  # not from the command line: the run's own holds
+    metrics = eval_programme.evaluate(
+        str(tmp_path), config=config, overrides={"data.num_threads": 1}, output="table.json"
+    )
+    assert "test/gradient/pointing" in metrics
+    found = json.loads((tmp_path / "table.json").read_text())["config"]
+    assert found["model"]["name"] == "resnet10" and found["data"]["name"] == "fine_shapes/tiny"
+    assert found["data"]["num_threads"] == 1 and found["data"]["image_size"] == 0
+    with pytest.raises(ValueError, match=r"config.model.width is given; the model is that of the"):
+        eval_programme.evaluate(str(tmp_path), config=config, overrides={"model.width": 4})
+    config.pretrained = "other.npz"
+    with pytest.raises(ValueError, match=r"holds a run, .*pretrained='other.npz'"):
+        eval_programme.evaluate(str(tmp_path), config=config)

@@ -21,13 +21,13 @@ def class_outputs(
     """The outputs that stand for each class of a data set.
 
     Args:
-        rule: "labels": class i is output i. "names": the outputs of which the whole name, or one
-            of the synonyms in it, separated by commas, is the name of the class; neither case nor
-            "_" for a blank counts. Look at what it finds: to ImageNet a kite is a bird. Or a JSON
-            file, {class name: [output, ...]}: an output is an index, [first, last], both included,
-            or a name as above. Classes without an output have an empty list. The key "*" stands for
-            every class that is not named. Keys of other classes are not read, nor is "comment";
-            "outputs" says how many the network must have. See configs/class_maps.
+        rule: "labels": class i is output i. "names": the outputs of which the whole name, or where
+            there is none one of the synonyms in it, separated by commas, is the name of the class;
+            neither case nor "_" for a blank counts. Look at what it finds: to ImageNet a kite is a
+            bird. Or a JSON file, {class name: [output, ...]}: an output is an index, [first, last],
+            both included, or a name as above. Classes without an output have an empty list. The key
+            "*" stands for every class that is not named. Keys of other classes are not read, nor is
+            "comment"; "outputs" says how many the network must have. See configs/class_maps.
         class_names: of the data set.
         outputs: names of the network's outputs.
 
@@ -47,10 +47,13 @@ def class_outputs(
                 "try the rule names, or a file"
             )
         return [np.array([index]) for index in range(len(outputs))]
-    places: dict[str, list[int]] = {}
+    whole: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
     for index, output in enumerate(outputs):
-        for name in dict.fromkeys(map(_plain, [output, *output.split(",")])):
-            places.setdefault(name, []).append(index)
+        whole.setdefault(_plain(output), []).append(index)
+        for name in dict.fromkeys(map(_plain, output.split(","))):
+            synonyms.setdefault(name, []).append(index)
+    places = synonyms | whole  # "cardigan" is no "Cardigan, Cardigan Welsh corgi"
     if rule == "names":
         found = [places.get(_plain(name), []) for name in class_names]
     elif rule.endswith(".json"):

@@ -8,6 +8,7 @@ masks. Two baselines that do not look at the image, `center` and `uniform`, are 
 import functools
 import json
 import pathlib
+import re
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +56,7 @@ from attnzoom_jax.training.workdir import to_plain
 from attnzoom_jax.viz import score_table
 
 KINDS = {"pointing": Pointing, "energy": Energy, "boxes": Boxes, "faithfulness": Faithful}
+ADDRESS = re.compile("0x[0-9a-f]+")  # in the text of a program, another one in every process
 SHOWN = 5  # texts of a kind of problem in the table
 
 
@@ -84,10 +86,11 @@ class AttributionTable:
         batch_size: cues at a time.
         chunk_images: images whose cues are kept together, see `folder`.
         resamples: of the images, for intervals of 95 %.
-        seed: of the resampling, of the methods that sample, and of permuted weights.
+        seed: of the resampling, of permuted weights, and of the methods that sample, which draw by
+            the place in the batch too.
         prefix: of the metrics' names; "" for the split.
-        folder: where finished chunks are kept and the table is written (table.json, .csv, .tex,
-            .png, .pdf); None for neither.
+        folder: where finished chunks are kept, those of each request apart, and the table is
+            written (table.json, .csv, .tex, .png, .pdf); None for neither.
 
     Raises:
         ValueError: whatever cannot be understood, in one line.
@@ -135,6 +138,7 @@ class AttributionTable:
             f"{self.prefix}/{row.name}/{metric}" for row in self._rows for metric in self.metrics
         ]
         self._input_size = _input_size(data, resize, size, multiple)
+        self._whole = jax.jit(lambda maps: maps, out_shardings=replicated(mesh))
         self._rule, self._class_names = outputs, tuple(class_names)
         self._difficult = None
         if difficult:
@@ -151,7 +155,7 @@ class AttributionTable:
             "data": {k: v for k, v in to_plain(data).items() if k not in ("dir", "num_threads")},
             "source": [self._source.name, len(self._source), self._count],
             "truth": truth,
-            "outputs": outputs,
+            "difficult": _crc(self._difficult or {}),
             "input": list(map(str, (resize, size, multiple))),
             "weights": weights,
             "batch": [batch_size, chunk_images, seed],
@@ -168,8 +172,7 @@ class AttributionTable:
             `viz.score_table`.
 
         Raises:
-            ValueError: no image has a class that the network knows, no such tap; the folder holds
-                another table.
+            ValueError: no image has a class that the network knows, no such tap.
         """
         if self._weights == "permuted":
             names, key = list(variables["params"]), jax.random.key(self._seed)
@@ -181,18 +184,22 @@ class AttributionTable:
         num_outputs = jax.eval_shape(fn, inputs).shape[-1]
         names = self._class_names or tuple(map(str, range(num_outputs)))
         outputs = class_outputs(self._rule, self._source.class_names, names)
-        store = ChunkStore(
-            self.folder / "chunks" if self.folder else None,
-            {**self._request, "network": _fingerprint(variables)},
-        )
+        program = jax.make_jaxpr(lambda variables, x: self._bind(variables)(x))(variables, inputs)
+        request = {
+            **self._request,
+            "network": [_crc_of_text(ADDRESS.sub("", str(program))), _crc(variables)],
+            "outputs": [of_class.tolist() for of_class in outputs],
+        }
+        store = ChunkStore(self.folder / "chunks" if self.folder else None, request)
         explain = jax.jit(
             functools.partial(self._explain, rows), out_shardings=replicated(self._mesh)
         )
-        begin, parts = time.monotonic(), []
+        parts = []
         chunks = range(0, self._count, self._chunk_images)
         for i, start in enumerate(say_progress(chunks, self._count, self._chunk_images)):
             part = store.load(i)
             if part is None:
+                begin = time.monotonic()
                 places = range(start, min(start + self._chunk_images, self._count))
                 cues, problems = self._read(places, outputs)
                 batches = cue_batches(cues, batch_size=self._batch_size, num_outputs=num_outputs)
@@ -203,11 +210,12 @@ class AttributionTable:
                     found = self._maps(explain, rows, variables, batch, own_key)
                     _fill(part, batch, self._score(rows, variables, batch, found))
                 part["problems"] = np.array(["\t".join(found) for found in problems], np.str_)
+                part["seconds"] = np.array([time.monotonic() - begin])
                 store.save(i, part)
             parts.append(part)
         self.table = {
             **self._summarize(rows, parts),
-            "minutes": round((time.monotonic() - begin) / 60, 2),
+            "minutes": round(sum(float(part["seconds"][0]) for part in parts) / 60, 2),
         }
         if jax.process_index() == 0:
             print(score_table.text(self.table), flush=True)
@@ -257,7 +265,9 @@ class AttributionTable:
         best, target = own.max(axis=1), own.argmax(axis=1)
         return {
             "output": target,
-            "rank": (scores > best[:, None]).sum(axis=1),
+            "rank": jnp.where(  # the last, where the score is no number
+                jnp.isfinite(best), (scores > best[:, None]).sum(axis=1), scores.shape[1]
+            ),
             "probability": jnp.exp(best - jax.nn.logsumexp(scores, axis=1)),
             "maps": {
                 row.name: row.maps(fn, inputs, target, key)
@@ -276,7 +286,8 @@ class AttributionTable:
         if loops:  # gradients in a loop are slow where the loop is compiled
             inputs, fn = to_input(images, self._data), functools.partial(self._apply, variables)
             target = self._on_mesh(np.asarray(found["output"]))
-            found["maps"] |= {row.name: row.maps(fn, inputs, target, key) for row in loops}
+            maps = {row.name: row.maps(fn, inputs, target, key) for row in loops}
+            found["maps"] |= self._whole(maps)
         found = jax.device_get(found)
         n, size = len(batch["image"]), (batch["image"].shape[1], batch["image"].shape[2])
         found["maps"] |= {name: baseline_maps(name, n, size) for name in BASELINES}
@@ -297,7 +308,9 @@ class AttributionTable:
         for row in rows:
             maps = found["maps"][row.name]
             view = View(row, maps, batch, variables, inputs, found["output"])
-            values[f"{row.name}|nan"] = np.isnan(view.maps).any(axis=(1, 2))
+            values[f"{row.name}|not_finite"] = ~np.isfinite(maps).all(axis=(1, 2))
+            highest, lowest = (np.maximum(end(maps, axis=(1, 2)), 0) for end in (np.max, np.min))
+            values[f"{row.name}|empty"] = (highest == lowest) & (row.run is not None)
             for kind in self._kinds.values():
                 for name, value in kind.measure(view).items():
                     values[f"{row.name}|{name}"] = value
@@ -313,17 +326,17 @@ class AttributionTable:
         columns = {
             name: np.concatenate([part[name] for part in asked])
             for name in asked[0]
-            if name != "problems"
+            if name not in ("problems", "seconds")
         }
         table_rows = []
         for row in rows:
             mark = f"{row.name}|"
             own = {n.removeprefix(mark): v for n, v in columns.items() if n.startswith(mark)}
-            for kind, count in (("nan", "nan_map"), ("empty", "empty_map")):
-                where = np.flatnonzero(own.get(kind, np.zeros(0)))
+            for kind in ("not_finite", "empty"):
+                where = np.flatnonzero(own[kind])
                 if len(where):
                     first = [f"{row.name}: {columns['name'][i]}" for i in where[:SHOWN]]
-                    problems[f"{count} ({row.name})"] = {"count": len(where), "first": first}
+                    problems[f"{kind}_map ({row.name})"] = {"count": len(where), "first": first}
             scores: dict[str, Score] = {}
             for kind in self._kinds.values():
                 scores |= kind.summarize(own, columns, **self._resampling)
@@ -332,7 +345,7 @@ class AttributionTable:
                     "row": row.name,
                     "method": row.method,
                     "tap": row.tap,
-                    "scores": {name: score._asdict() for name, score in scores.items()},
+                    "scores": {name: _plain(score) for name, score in scores.items()},
                 }
             )
         return {
@@ -422,9 +435,18 @@ def _problems(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
     return problems
 
 
-def _fingerprint(variables: Any) -> str:
-    """Of all numbers of a network."""
+def _plain(score: Score) -> dict[str, Any]:
+    """As JSON knows it, which has no NaN."""
+    return {name: x if np.isfinite(x) else None for name, x in score._asdict().items()}
+
+
+def _crc(tree: Any) -> str:
+    """A checksum of all numbers."""
     total = 0
-    for leaf in jax.tree.leaves(variables):
+    for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).tobytes(), total)
     return f"{total:08x}"
+
+
+def _crc_of_text(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"

@@ -1,5 +1,6 @@
 """Finished chunks of a long evaluation on disk, so that a killed one goes on where it stopped."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -10,40 +11,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnzoom_jax.training.workdir import differences, to_plain
+from attnzoom_jax.training.workdir import to_plain
 
 Arrays = dict[str, np.ndarray]
 
 
 class ChunkStore:
-    """A folder with one file per finished chunk, all of one request.
+    """A folder with one file per finished chunk, for every request one of its own.
 
     Args:
-        folder: of the chunks; need not exist. None keeps nothing.
-        request: what decides the numbers, as plain values: chunks of another one are refused.
+        folder: of all requests; need not exist. None keeps nothing.
+        request: what decides the numbers, as plain values; written beside the chunks.
 
     Raises:
-        ValueError: the folder holds chunks of another request (the differences are listed), or
-            cannot be written.
+        ValueError: the folder cannot be written.
     """
 
     def __init__(self, folder: pathlib.Path | None, request: Mapping[str, Any]) -> None:
-        self._folder = folder
+        self._folder = None
         if folder is None:
             return
-        path, ours = folder / "request.json", json.loads(json.dumps(to_plain(request)))
-        if path.exists():
-            changed = differences(json.loads(path.read_text()), ours)
-            if changed:
-                raise ValueError(
-                    f"{folder} holds the begun work of another request (- there, + given):\n  "
-                    + "\n  ".join(changed)
-                    + "\ndelete that folder, or give the evaluation another name"
-                )
-        elif jax.process_index() == 0:
+        text = json.dumps(to_plain(request), indent=1, sort_keys=True)
+        self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+        if jax.process_index() == 0:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _replace(path, json.dumps(ours, indent=1).encode())
+                self._folder.mkdir(parents=True, exist_ok=True)
+                (self._folder / "request.json").write_text(text)
             except OSError as error:
                 raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
 
@@ -72,9 +65,3 @@ class ChunkStore:
     def _path(self, index: int) -> pathlib.Path:
         assert self._folder is not None
         return self._folder / f"chunk_{index:05d}.npz"
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

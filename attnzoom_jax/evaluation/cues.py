@@ -107,7 +107,8 @@ def read_cues(
         class_names: of the data set.
         outputs: per class of the data set, the outputs of the network that stand for it.
         input_size: at which the network sees them.
-        difficult: {name of an image: bool [k]}, of a published list; None: by the rule.
+        difficult: {name of an image, or that without its ending: bool [k]}, of a published list;
+            None: by the rule.
         num_threads: that read and decode.
 
     Returns:
@@ -142,8 +143,11 @@ def _cues_of(
     masks = {c: _union(example, rows, size) for c, rows in of_class.items()}
     if difficult is None:
         is_difficult = pointing_game.difficult_cues(masks)
-    else:  # an image that the list does not name counts whole, as in TorchRay
-        flags = difficult.get(name, np.ones(len(class_names), bool))
+    else:  # published lists leave the ending out
+        flags = difficult.get(name, difficult.get(name.rpartition(".")[0]))
+        if flags is None:
+            problems.append(("not_in_the_list", f"{name}: all its classes count as difficult"))
+            flags = np.ones(len(class_names), bool)  # as in TorchRay
         is_difficult = {c: bool(flags[c]) for c in masks}
     asked = pointing_game.cued_classes(labels, np.asarray(example["is_hard"]))
     problems += [
@@ -190,9 +194,9 @@ def cue_batches(cues: Sequence[Cue], *, batch_size: int, num_outputs: int) -> It
 
     Yields:
         `cue` int [n], places in `cues`; `mask` [n], 0 for padding, which repeats a cue; `image`
-        uint8 [n, h, w, 3]; `outputs` bool [n, k]; `size` int [n, 2]; `boxes` float32 [n, p, 4] with
-        empty ones behind; and, where the cues have masks, `truth` bool [n, H, W], H and W at least
-        the largest of the sizes.
+        uint8 [n, h, w, 3]; `place` int [n], of the image in the split; `outputs` bool [n, k];
+        `size` int [n, 2]; `boxes` float32 [n, p, 4] with empty ones behind; and, where the cues
+        have masks, `truth` bool [n, H, W], H and W at least the largest of the sizes.
     """
     shapes: dict[tuple[int, ...], list[int]] = {}
     for i, cue in enumerate(cues):
@@ -216,6 +220,7 @@ def _stack(cues: Sequence[Cue], num_outputs: int) -> Batch:
         boxes[i, : len(cue.boxes)] = cue.boxes
         outputs[i, cue.outputs] = True
     batch = {
+        "place": np.array([cue.place for cue in cues], np.int32),
         "image": np.stack([cue.image for cue in cues]),
         "outputs": outputs,
         "size": np.array([cue.size for cue in cues], np.int32),

@@ -122,25 +122,24 @@ class Pointing:
         }
 
     def measure(self, view: View) -> Values:
-        """`hit` [n], 1 or 0, NaN for a baseline without a point; `empty` [n], of constant maps."""
+        """`hit` [n], 1 or 0, NaN for a baseline without a point."""
         batch, n = view.batch, len(view.maps)
         if view.row.name == "uniform":
-            return {"hit": np.full(n, np.nan), "empty": np.zeros(n)}
+            return {"hit": np.full(n, np.nan)}
         if view.row.name == "center":
             points = pointing_game.center_points(batch["size"])
-            is_empty = np.zeros(n)
         else:
             heat = _resize_each(
                 ops_maps.positive(view.maps), batch["size"], canvas_of(batch["size"])
             )
             if self._blur and is_gradient(view.row.method):
                 heat = jnp.asarray(blurred(np.asarray(heat), batch["size"], self._blur))
-            points, is_empty = _points(heat, batch["size"], self._empty)
+            points = _points(heat, batch["size"], self._empty)
         if "truth" in batch:
             hits = pointing_game.hits_masks(points, batch["truth"], **self._is_hit)
         else:
             hits = pointing_game.hits_boxes(points, batch["boxes"], **self._is_hit)
-        return {"hit": np.asarray(hits, np.float32), "empty": np.asarray(is_empty, np.float32)}
+        return {"hit": np.asarray(hits, np.float32)}
 
     def summarize(self, values: Values, cues: Values, **resampling: Any) -> dict[str, Score]:
         """Accuracies, means over classes; of all cues, and of the difficult ones."""
@@ -257,32 +256,30 @@ class Boxes:
         def best(sums: Mapping[str, np.ndarray]) -> np.ndarray:  # [b, 3]
             return (sums["right"] / sums["count"][..., None, None]).max(axis=-2)
 
-        is_right = self._chosen(overlap, image) >= box_localization.IOU
+        chosen = self._chosen(overlap, image)
+        is_right = chosen >= box_localization.IOU
         wrong = {
             "box_error": ~is_right,
             "box_error_top1": ~(is_right & (cues["rank"] < 1)),
             "box_error_top5": ~(is_right & (cues["rank"] < 5)),
         }
+        wrong = {name: np.where(np.isnan(chosen), np.nan, value) for name, value in wrong.items()}
         scores = {
             "max_box_acc": _score(sums, lambda sums: best(sums)[..., middle], n, **resampling),
             "max_box_acc_mean": _score(sums, lambda s: best(s).mean(axis=-1), n, **resampling),
         }
-        for name, is_wrong in wrong.items():
-            scores |= mean_scores({name: is_wrong}, image, **resampling)
-        return scores
+        return scores | mean_scores(wrong, image, **resampling)
 
     def _chosen(self, overlap: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """The overlap [n] of each cue at its threshold."""
+        """The overlap [n] of each cue at its threshold; NaN where no other half chooses one."""
         if self._threshold != HALVES:
             return overlap[:, int(np.flatnonzero(self._thresholds == self._threshold)[0])]
-        chosen = np.zeros(len(overlap))
+        chosen = np.full(len(overlap), np.nan)
         for half in (0, 1):
             own, other = image % 2 == half, image % 2 != half
-            if not own.any():
-                continue
-            guide = overlap[other if other.any() else own]
-            best = box_localization.best_threshold(guide, self._thresholds)
-            chosen[own] = overlap[own, int(np.flatnonzero(self._thresholds == best)[0])]
+            if other.any():
+                best = box_localization.best_threshold(overlap[other], self._thresholds)
+                chosen[own] = overlap[own, int(np.flatnonzero(self._thresholds == best)[0])]
         return chosen
 
 
@@ -318,6 +315,7 @@ class Faithful:
             view.targets,
             view.batch["mask"],
             explain=self._explain(view.row),
+            ids=view.batch["place"],
         )
 
     def _explain(self, row: Row) -> map_faithfulness.Explain:
@@ -421,11 +419,8 @@ _resize_each = jax.jit(ops_maps.resize_each, static_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _points(heat: jax.Array, sizes: jax.Array, empty: str) -> tuple[jax.Array, jax.Array]:
-    return (
-        pointing_game.points(heat, sizes, empty=empty),
-        pointing_game.is_empty(heat, sizes),
-    )
+def _points(heat: jax.Array, sizes: jax.Array, empty: str) -> jax.Array:
+    return pointing_game.points(heat, sizes, empty=empty)
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +54,7 @@ def load_model(
     *,
     checkpoint: str = "best",
     config: Any = None,
+    overrides: Mapping[str, Any] | None = None,
     data_dir: str = "",
     mesh: Mesh,
 ) -> TrainedModel:
@@ -64,6 +65,8 @@ def load_model(
         checkpoint: "best", "last" or a step.
         config: instead of the run's own. One that names no model, as those of evaluations alone do,
             takes the run's, and its data section but for the set that it names itself.
+        overrides: what the command line changed in that config; of the data section it holds for
+            the run's too.
         data_dir: folder of prepared data sets, instead of the config's; "" for that.
         mesh: where the variables live.
 
@@ -74,14 +77,18 @@ def load_model(
         ValueError: as `restore_model` and `load_network`; neither a run nor a network; both.
     """
     folder = Workdir(workdir)
-    if config is None or (folder.has_run() and not config.get("network")):
+    if config is not None and not config.model.name and not config.network and folder.has_run():
+        config = _on_run(config, folder.config(), overrides or {})
+    if config is not None and folder.has_run():
+        for key in ("network", "pretrained"):
+            if config.get(key) and config.get(key) != folder.config().get(key):
+                raise ValueError(
+                    f"--workdir={workdir} holds a run, and the config has {key}={config[key]!r}; "
+                    "name another --workdir for its results"
+                )
+    if config is None or folder.has_run():
         return restore_model(
             workdir, checkpoint=checkpoint, config=config, data_dir=data_dir, mesh=mesh
-        )
-    if folder.has_run():
-        raise ValueError(
-            f"--workdir={workdir} holds a run, and the config has network={config.network!r}; "
-            "name another --workdir for its results"
         )
     if not config.get("network") and not (config.model.name and config.pretrained):
         raise ValueError(
@@ -153,11 +160,7 @@ def restore_model(
     """
     folder = Workdir(workdir)
     own = folder.config()
-    if config is None:
-        config = own
-    elif not config.model.name:
-        config = _on_run(config, own)
-    config = _with_data_dir(config, data_dir)
+    config = _with_data_dir(own if config is None else config, data_dir)
     run = folder.run_info()
     if "class_names" not in run:
         raise ValueError(f"--workdir={workdir} has no trained model (no run.json); train first")
@@ -183,15 +186,18 @@ def restore_model(
     )
 
 
-def _on_run(config: Any, own: Any) -> Any:
+def _on_run(config: Any, own: Any, overrides: Mapping[str, Any]) -> Any:
     """A config of evaluations alone, with the model of a run, and its data."""
-    name, folder = config.data.name, config.data.dir
+    for key in overrides:
+        if key.startswith("model."):
+            raise ValueError(f"config.{key} is given; the model is that of the run, whose it is")
+    name = config.data.name
     config = config.copy_and_resolve_references().unlock()
-    config.model, config.data = own.model, own.data.copy_and_resolve_references()
+    config.model, config.data = own.model, own.data.copy_and_resolve_references().unlock()
     if name:
-        config.data.update({"name": name, "dir": folder})
-    elif folder:
-        config.data.dir = folder
+        config.data.update({"name": name, "dir": ""})
+    given = {key: value for key, value in overrides.items() if key.startswith("data.")}
+    config.update_from_flattened_dict(given)
     return config.lock()
 
 

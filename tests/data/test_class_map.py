@@ -42,6 +42,11 @@ def test_names():
         class_outputs("names", ["x", "y"], OUTPUTS)
 
 
+def test_a_whole_name_goes_before_a_synonym():
+    outputs = ("Cardigan, Cardigan Welsh corgi", "cardigan", "jay, blue jay")
+    assert lists(class_outputs("names", ["cardigan", "jay"], outputs)) == [[1], [2]]
+
+
 def test_a_file(tmp_path):
     content = {"cat": [[2, 3], 2, "Tiger cat"], "person": [], "dog": ["hound", 0], "fork": [1]}
     path = save(tmp_path, {**content, COMMENT: "for people", COUNT: 6})

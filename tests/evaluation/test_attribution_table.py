@@ -1,5 +1,6 @@
 """The table end to end, on fine_shapes/tiny and on annotated images made by hand."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -130,13 +131,26 @@ def test_a_killed_table_goes_on(trained, tmp_path, monkeypatch):
     assert calls == [0, 5, 10, 10]
 
 
-def test_another_network_or_method_does_not_go_on_there(trained, tmp_path):
-    create(trained, methods=("gradient",), folder=tmp_path).run(trained.variables)
-    with pytest.raises(ValueError, match=r"another request(.|\n)*methods"):
-        create(trained, methods=("grad_cam",), folder=tmp_path).run(trained.variables)
-    other = jax.tree.map(lambda leaf: leaf + 1, trained.variables)
-    with pytest.raises(ValueError, match=r"another request(.|\n)*network"):
-        create(trained, methods=("gradient",), folder=tmp_path).run(other)
+def test_another_request_begins_anew_in_the_same_folder(trained, tmp_path):
+    """Of other weights, outputs, methods, or another function of the same weights."""
+    options: Any = {"scores": {"energy": {}}, "folder": tmp_path, "max_images": 5}
+
+    def value(variables, trained=trained, methods=("grad_cam@relu",), **more):
+        run = create(trained, methods=methods, **more, **options).run(variables)
+        return run[f"test/{methods[0]}/energy"]
+
+    first = value(trained.variables)
+    moved = jax.tree.map(lambda leaf: leaf + 0.5, trained.variables)
+    file = tmp_path / "map.json"
+    file.write_text('{"*": [3]}')
+    ungated = dataclasses.replace(trained, model=trained.model.clone(has_gate=False))
+    others = [value(moved), value(trained.variables, methods=("gradient",))]
+    others.append(value(trained.variables, outputs=str(file)))
+    file.write_text('{"*": [4]}')
+    others.append(value(trained.variables, outputs=str(file)))
+    others.append(value(trained.variables, trained=ungated))
+    assert len({first, *others}) == 6
+    assert value(trained.variables) == first
 
 
 def test_permuted_weights_are_another_network(trained):
@@ -214,11 +228,20 @@ def test_nan_in_a_map_is_named(trained, mixed):
     variables = jax.tree.map(lambda leaf: leaf * np.nan, trained.variables)
     evaluator = create(trained, truth="boxes", methods=("grad_cam@relu",), resize="squash", size=32)
     evaluator.run(variables)
-    problem = evaluator.table["problems"]["nan_map (grad_cam@relu)"]
+    problem = evaluator.table["problems"]["not_finite_map (grad_cam@relu)"]
     assert problem["count"] == 4
     assert problem["first"][0] == "grad_cam@relu: a.jpg"
     assert "energy" not in scores_of(evaluator, "grad_cam@relu")
     assert scores_of(evaluator, "grad_cam@relu")["pointing"]["value"] == 0
+
+
+def test_an_empty_map_is_named_whatever_the_scores(trained, mixed):
+    variables = jax.tree.map(jnp.zeros_like, trained.variables)
+    options: Any = {"scores": {"energy": {}}, "methods": ("grad_cam@relu",)}
+    evaluator = create(trained, truth="boxes", resize="squash", size=32, **options)
+    evaluator.run(variables)
+    assert evaluator.table["problems"]["empty_map (grad_cam@relu)"]["count"] == 4
+    assert not any("uniform" in kind for kind in evaluator.table["problems"])
 
 
 def test_no_cue_at_all_is_an_error(trained, mixed, monkeypatch):

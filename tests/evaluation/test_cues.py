@@ -112,10 +112,12 @@ def test_difficult_by_the_rule():
 
 
 def test_difficult_by_a_list():
-    flags = {"a.jpg": np.array([True, False, False])}
+    flags = {"a": np.array([True, False, False]), "b.jpg": np.array([False, True, False])}
     both = {"labels": (0, 1), "boxes": ((0, 0, 5, 5),) * 2}
-    cues, _ = read(example(**both), example(**both, name="unlisted.jpg"), difficult=flags)
-    assert [c.is_difficult for c in cues] == [True, False, True, True]
+    names = ("a.jpg", "b.jpg", "unlisted.jpg")
+    cues, problems = read(*(example(**both, name=name) for name in names), difficult=flags)
+    assert [c.is_difficult for c in cues] == [True, False, False, True, True, True]
+    assert [kind for kind, _ in problems] == ["not_in_the_list"]
 
 
 def test_masks_of_a_class_are_united():

@@ -92,18 +92,14 @@ def test_the_center_points_at_the_middle_and_uniform_nowhere():
     assert np.isnan(hits).all()
 
 
-def test_a_map_with_nan_misses_and_an_empty_one_is_counted():
+def test_a_map_with_nan_misses_and_an_empty_one_points_at_the_first_pixel():
     maps = peaks((0, 0), (0, 0), (0, 0))
     maps[1, 3, 3], maps[2] = np.nan, -1
     found = Pointing(1, tolerance=1).measure(view(maps, [(0, 0, 2, 2)] * 3, [(8, 8)] * 3))
     assert found["hit"].tolist() == [1, 0, 1]  # all negative: the positive part is constant
-    assert found["empty"].tolist() == [0, 0, 1]
     missing = Pointing(1, tolerance=1, empty="miss")
-    assert missing.measure(view(maps, [(0, 0, 2, 2)] * 3, [(8, 8)] * 3))["hit"].tolist() == [
-        1,
-        0,
-        0,
-    ]
+    found = missing.measure(view(maps, [(0, 0, 2, 2)] * 3, [(8, 8)] * 3))
+    assert found["hit"].tolist() == [1, 0, 0]
 
 
 def test_gradients_are_blurred_before_they_point():
@@ -254,8 +250,10 @@ def test_errors_with_the_class_and_mean_over_overlaps():
     assert found["max_box_acc_mean"].value == pytest.approx((3 / 4 + 2 / 4 + 1 / 4) / 3)
 
 
-def test_one_image_alone():
+def test_one_image_alone_has_no_other_half_to_choose_a_threshold():
     found = Boxes().summarize({"overlap": np.ones((1, 20))}, cues([4], [0]), **FEW)
+    assert set(found) == {"max_box_acc", "max_box_acc_mean"}
+    found = Boxes(threshold=0.5).summarize({"overlap": np.ones((1, 20))}, cues([4], [0]), **FEW)
     assert found["box_error"] == (0, 0, 0, 1)
 
 
