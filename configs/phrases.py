@@ -9,7 +9,7 @@ averaged, and boxes ranked by the attention in them over the root of their area 
 Four methods, at the default tap. On Flickr30k Entities:
 
     python tools/prepare_data.py flickr30k --from_archive=FOLDER
-    python eval.py --config=configs/phrases.py --config.data.name=flickr30k --workdir=RUN
+    python eval.py --config=configs/phrases.py:data=flickr30k --workdir=RUN
 
 Hardware and time: two CPU cores, about 2 minutes. Expected: docs/reproduce.md.
 `:tiny` trains and evaluates in seconds:
@@ -28,12 +28,18 @@ METHODS = (
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
+    choices = {"data": "run"}
+    mode = default.choose(mode, choices, {"data": ("run", "flickr30k")})
     config = default.get_config()
     config.train_evals, config.best_metric = (), ""
     config.evals = {
         method: {"name": "phrases", "split": "test", "method": method, "prefix": method}
         for method in METHODS
     }
+    if choices["data"] == "flickr30k":  # photographs, whole
+        config.data.name = "flickr30k"
+        for one in config.evals.values():
+            one.resize = "squash"
     if mode:
         from configs import multi_channel
 

@@ -76,7 +76,8 @@ class AttributionTable:
         outputs: which outputs of the network stand for a class of the data set: "labels", "names",
             or a file, see `data.class_map`. Of several, the one with the largest logit is asked.
         class_names: of the network's outputs; empty where nobody knows.
-        resize: "none", "squash" or "short_side", see `cues.InputSize`; "" for data.resize.
+        resize: "none", "squash" or "short_side", see `cues.InputSize`; "" for data.resize. Images
+            are seen whole: data.crop_size does not count.
         size: in pixels; 0 for data.image_size.
         multiple: see `cues.InputSize`.
         difficult: file with a published list of the difficult subset; "" for the rule.
@@ -128,6 +129,9 @@ class AttributionTable:
         if weights not in ("given", "permuted"):
             raise unknown_name("weights", weights, ("given", "permuted"))
         self.prefix, self.folder = prefix or split, folder
+        self._input_size = _input_size(data, resize, size, multiple)
+        data = data.copy_and_resolve_references()
+        data.crop_size = 0  # images are seen whole
         self._model, self._data, self._mesh = model, data, mesh
         self._rows = parse_rows([*BASELINES, *methods], options, baselines=BASELINES)
         self._source = open_annotated(data, split=split, truth=truth)
@@ -137,7 +141,6 @@ class AttributionTable:
         self.metric_names = [
             f"{self.prefix}/{row.name}/{metric}" for row in self._rows for metric in self.metrics
         ]
-        self._input_size = _input_size(data, resize, size, multiple)
         self._whole = jax.jit(lambda maps: maps, out_shardings=replicated(mesh))
         self._rule, self._class_names = outputs, tuple(class_names)
         self._difficult = None
@@ -397,7 +400,7 @@ def _write(table: Mapping[str, Any], folder: pathlib.Path) -> None:
 
 def _input_size(data: Any, resize: str, size: int, multiple: int) -> InputSize:
     mode = resize or data.resize
-    if mode == "crop" or (data.crop_size and not resize):
+    if mode == "crop":
         raise ValueError(
             "a crop hides a part of the truth; set the evaluation's resize to squash, or to "
             "short_side for a network that takes images of any size"

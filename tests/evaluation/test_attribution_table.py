@@ -101,6 +101,14 @@ def test_four_devices_give_the_same_numbers(table, trained):
     assert again == pytest.approx(metrics, abs=1e-5)
 
 
+def test_images_are_seen_whole(table, trained):
+    _, metrics = table
+    found = create(trained, data=data_config(crop_size=16), methods=METHODS[:1]).run(
+        trained.variables
+    )
+    assert found == pytest.approx({name: metrics[name] for name in found}, abs=1e-5)
+
+
 def test_the_table_is_written(trained, tmp_path, capsys):
     evaluator = create(trained, methods=("grad_cam@relu",), folder=tmp_path / "t")
     evaluator.run(trained.variables)
@@ -260,7 +268,7 @@ def test_no_cue_at_all_is_an_error(trained, mixed, monkeypatch):
         ({"scores": {}}, "scores is empty"),
         ({"weights": "none"}, "unknown weights 'none'.*permuted"),
         ({"batch_size": 3, "devices": 2}, "batch_size=3 cannot be split over 2 devices"),
-        ({"data": data_config(crop_size=16)}, "a crop hides a part of the truth"),
+        ({"data": data_config(resize="crop", image_size=16)}, "a crop hides a part of the truth"),
         ({"truth": "boxs"}, "unknown truth 'boxs'"),
     ],
 )
