@@ -47,6 +47,7 @@ def train(
     overrides: dict[str, Any] | None = None,
     devices: Any = None,
     stop_at: int | None = None,
+    stop: StopSignal | None = None,
 ) -> TrainState:
     """Train as the config says, from where the workdir stands; SIGTERM saves and ends it.
 
@@ -56,6 +57,7 @@ def train(
         overrides: what the command line changed, to be written down.
         devices: to train on; None for all.
         stop_at: leave off after this step, as a killed run would; None for the config's length.
+        stop: listens to SIGTERM, and tells the caller of it.
 
     Returns:
         The state at the end.
@@ -65,21 +67,21 @@ def train(
         FloatingPointError: the loss became NaN or infinite; the last good checkpoint is named.
     """
     with contextlib.ExitStack() as held:  # what is given back or finished, whatever happens
-        return _train(config, workdir, held, overrides or {}, devices=devices, stop_at=stop_at)
+        stop = held.enter_context(stop or StopSignal())
+        return _train(config, workdir, held, stop, overrides or {}, devices, stop_at)
 
 
 def _train(
     config: Any,
     workdir: str,
     held: contextlib.ExitStack,
+    stop: StopSignal,
     overrides: dict[str, Any],
-    *,
     devices: Any,
     stop_at: int | None,
 ) -> TrainState:
     started = time.monotonic()
     folder = held.enter_context(Workdir(workdir))
-    stop = held.enter_context(StopSignal())
     mesh = sharding.create_mesh(devices, shape=config.mesh)
 
     # The parts of the run. Nothing is written before all of them are known to fit.

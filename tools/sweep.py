@@ -59,6 +59,7 @@ from attnzoom_jax.training.search import (
     read_space,
     suggest,
 )
+from attnzoom_jax.training.stop import StopSignal
 from attnzoom_jax.training.workdir import FREE_KEYS, Workdir, differences, flatten, to_plain
 from attnzoom_jax.viz.search import save_search
 
@@ -224,7 +225,10 @@ def _train(sender: Any, config: Any, folder: pathlib.Path, overrides: dict[str, 
     logging.set_verbosity(logging.ERROR)
     try:
         cli.start_devices(config.platform, compile_cache=config.compile_cache)
-        train.train(config, str(folder), overrides=overrides)
+        stop = StopSignal()
+        train.train(config, str(folder), overrides=overrides, stop=stop)
+        if stop.noticed:
+            sender.send((False, "was stopped by SIGTERM; the same command goes on with it"))
     except (ValueError, OSError) as error:
         sender.send((False, str(error)))
     except FloatingPointError as error:

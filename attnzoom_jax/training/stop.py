@@ -38,6 +38,11 @@ class StopSignal:
             return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._came
 
+    @property
+    def noticed(self) -> bool:
+        """Whether this process alone was told to stop."""
+        return self._came
+
     def _notice(self, *_: Any) -> None:
         self._came = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
