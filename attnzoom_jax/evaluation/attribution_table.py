@@ -51,7 +51,7 @@ from attnzoom_jax.metrics.pointing_game import parse_difficult
 from attnzoom_jax.metrics.sanity import randomized
 from attnzoom_jax.models.insert import train_argument
 from attnzoom_jax.models.taps import bind
-from attnzoom_jax.training.sharding import check_batch_size, replicated, split_by_example
+from attnzoom_jax.training.sharding import check_batch_size, replicated, split_whole
 from attnzoom_jax.training.workdir import to_plain
 from attnzoom_jax.viz import score_table
 
@@ -283,24 +283,18 @@ class AttributionTable:
         self, explain: Any, rows: Sequence[Row], variables: Any, batch: Batch, key: jax.Array
     ) -> dict[str, Any]:
         """What `_explain` returns, with the maps of all rows, on the host."""
-        images, outputs = self._on_mesh(batch["image"]), self._on_mesh(batch["outputs"])
+        images, outputs = (split_whole(batch[name], self._mesh) for name in ("image", "outputs"))
         found = explain(variables, images, outputs, key)
         loops = [row for row in rows if row.has_loop]
         if loops:  # gradients in a loop are slow where the loop is compiled
             inputs, fn = to_input(images, self._data), functools.partial(self._apply, variables)
-            target = self._on_mesh(np.asarray(found["output"]))
+            target = split_whole(np.asarray(found["output"]), self._mesh)
             maps = {row.name: row.maps(fn, inputs, target, key) for row in loops}
             found["maps"] |= self._whole(maps)
         found = jax.device_get(found)
         n, size = len(batch["image"]), (batch["image"].shape[1], batch["image"].shape[2])
         found["maps"] |= {name: baseline_maps(name, n, size) for name in BASELINES}
         return found
-
-    def _on_mesh(self, array: np.ndarray) -> jax.Array:
-        """This process's part of a batch that every process has whole, as a global array."""
-        count = len(array) // jax.process_count()
-        own = array[jax.process_index() * count :][:count]
-        return jax.make_array_from_process_local_data(split_by_example(self._mesh), own)
 
     def _score(
         self, rows: Sequence[Row], variables: Any, batch: Batch, found: Mapping[str, Any]

@@ -38,7 +38,7 @@ from attnzoom_jax.models.insert import train_argument
 from attnzoom_jax.models.taps import bind
 from attnzoom_jax.ops import boxes as ops_boxes
 from attnzoom_jax.ops import maps as ops_maps
-from attnzoom_jax.training.sharding import check_batch_size, replicated, split_by_example
+from attnzoom_jax.training.sharding import check_batch_size, replicated, split_whole
 
 METHOD = "contrastive_excitation_backprop"
 MAPS = ("", "uniform_", "center_")
@@ -235,8 +235,8 @@ class Phrases:
         batch_size = self._data.eval_batch_size
         batch, queue[:] = queue[:batch_size], queue[batch_size:]
         padded = batch + batch[-1:] * (batch_size - len(batch))
-        images = self._on_mesh(np.stack([image.pixels for image, _ in padded]))
-        outputs = self._on_mesh(np.array([output for _, output in padded], np.int32))
+        images = split_whole(np.stack([image.pixels for image, _ in padded]), self._mesh)
+        outputs = split_whole(np.array([output for _, output in padded], np.int32), self._mesh)
         maps = jax.device_get(self._word_maps(variables, images, outputs))
         parts = []
         for (image, output), map_ in zip(batch, maps[: len(batch)], strict=True):
@@ -245,12 +245,6 @@ class Phrases:
                 parts.append(self._score(image))
                 image.maps.clear()
         return parts
-
-    def _on_mesh(self, array: np.ndarray) -> jax.Array:
-        """This process's part of a batch that every process has whole, as a global array."""
-        count = len(array) // jax.process_count()
-        own = array[jax.process_index() * count :][:count]
-        return jax.make_array_from_process_local_data(split_by_example(self._mesh), own)
 
     def _score(self, image: _Image) -> Values:
         """What the phrases of an image score, [p] each."""

@@ -178,6 +178,13 @@ def to_every_device(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def split_whole(array: Any, mesh: Mesh) -> jax.Array:
+    """A batch that every process has whole as a global array, split by example."""
+    count = len(array) // jax.process_count()
+    own = array[jax.process_index() * count :][:count]
+    return jax.make_array_from_process_local_data(split_by_example(mesh), own)
+
+
 def prefetch(batches: Iterable[Any], mesh: Mesh, *, ahead: int = 2) -> Iterator[Any]:
     """`to_global` of each batch, started `ahead` batches before it is asked for."""
     batches = iter(batches)
